@@ -58,10 +58,10 @@ class BundleOffers:
         match status.phase:
             case RolloutPhase.WANTED:
                 self._send_chunk(device, status.offset_bytes)
-            case RolloutPhase.REFUSED:
-                device.problem = f"refused the bundle: {status.detail}"
+            case RolloutPhase.REFUSED | RolloutPhase.FAILED | RolloutPhase.REVERTED:
+                device.problem = f"{status.phase.value} the bundle: {status.detail}"
                 logger.warning("%s: %s", device.name, device.problem)
-            case RolloutPhase.INSTALLED:
+            case _:
                 pass  # the birth that names the bundle is what counts
 
     def _send_chunk(self, device: Device, offset: int) -> None:

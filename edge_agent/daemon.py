@@ -34,12 +34,14 @@ from wire.messages import (
     CutGradientHeader,
     DeviceState,
     FleetState,
+    RolloutMessage,
     RolloutOffer,
     RolloutPhase,
     RolloutStatus,
     Telemetry,
     WeightsHeader,
     decode_message,
+    decode_rollout,
     encode_message,
     parse_header,
 )
@@ -176,7 +178,7 @@ class AgentDaemon:
             case Channel.FLEET_STATE:
                 self._session.on_fleet_state(decode_message(payload, FleetState))
             case Channel.ROLLOUT:
-                self._receive_offer(decode_message(payload, RolloutOffer))
+                self._receive_rollout(decode_rollout(payload))
             case Channel.BUNDLE:
                 self._receive_chunk(payload)
             case other:
@@ -209,6 +211,10 @@ class AgentDaemon:
             self._stop.wait(seconds)
 
     # Bundles
+
+    def _receive_rollout(self, message: RolloutMessage) -> None:
+        if isinstance(message, RolloutOffer):
+            self._receive_offer(message)
 
     def _receive_offer(self, offer: RolloutOffer) -> None:
         if offer.digest == self._session.bundle:

@@ -258,6 +258,8 @@ class Device:
     # The bundle
 
     def _on_offer(self, offer: dict) -> None:
+        if offer["kind"] != "offer":
+            return
         if self.segment and self.segment.digest == offer["digest"]:
             self._say("rollout", {"digest": offer["digest"], "phase": "installed"})
         elif self.download is None or self.download[0]["digest"] != offer["digest"]:

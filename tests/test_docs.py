@@ -31,6 +31,8 @@ from wire.messages import (
     FleetState,
     GradientsHeader,
     Message,
+    RolloutAcknowledge,
+    RolloutCancel,
     RolloutOffer,
     RolloutStatus,
     Telemetry,
@@ -61,6 +63,8 @@ CONTROL_MESSAGES: dict[str, type[Message]] = {
     "Allocation": Allocation,
     "FleetState": FleetState,
     "RolloutOffer": RolloutOffer,
+    "RolloutCancel": RolloutCancel,
+    "RolloutAcknowledge": RolloutAcknowledge,
     "RolloutStatus": RolloutStatus,
     "Telemetry": Telemetry,
 }
@@ -147,7 +151,8 @@ def test_topics_are_those_of_the_code() -> None:
         elif channel.direction is Direction.UP:
             topic = f"dev/{{id}}/up/{channel.level}"
         else:
-            topic = f"fleet/{channel.level}"
+            key = "/{key}" if channel is Channel.SHARED_BUNDLE else ""
+            topic = f"fleet/{channel.level}{key}"
         expected[topic] = (channel.payload.value, channel.qos, channel.retain)
     assert documented == expected
     assert f"`{ROOT}/{{fleet}}/`" in _section(PROTOCOL, "Topics")

@@ -55,8 +55,14 @@ class TestTopics:
     @pytest.mark.parametrize("channel", list(Channel))
     def test_every_topic_parses_back(self, channel: Channel) -> None:
         device = None if channel.direction is Direction.FLEET else "pi-7"
-        topic = build_topic("lab", channel, device)
-        assert parse_topic(topic) == Address(fleet="lab", channel=channel, device=device)
+        bundle = "0123456789abcdef" if channel is Channel.SHARED_BUNDLE else None
+        topic = build_topic("lab", channel, device, bundle=bundle)
+        assert parse_topic(topic) == Address("lab", channel, device, bundle)
+
+    def test_shared_chunks_lie_below_what_every_device_listens_to(self) -> None:
+        digest = "0123456789abcdef" * 4
+        topic = build_topic("lab", Channel.SHARED_BUNDLE, bundle=digest)
+        assert topic == "splitfleet/v1/lab/fleet/bundle/0123456789abcdef"
 
     @pytest.mark.parametrize(
         "topic",
@@ -67,6 +73,9 @@ class TestTopics:
             "splitfleet/v2/lab/dev/pi-7/up/birth",
             "splitfleet/v1/lab/dev/a b/up/birth",
             "splitfleet/v1/lab/fleet/birth",
+            "splitfleet/v1/lab/fleet/bundle",
+            "splitfleet/v1/lab/fleet/bundle/0123456789ABCDEF",
+            "splitfleet/v1/lab/fleet/bundle/0123456789abcdef/0",
             "other",
             "",
         ],

@@ -2,8 +2,8 @@
 
 The archive is stored (not compressed, so that nothing can swell), with fixed timestamps and sorted
 names: the same parts give the same bytes. ``manifest.json`` lists every other file with its size
-and SHA-256. ``manifest.sig`` is kept free for a signature over the manifest, and
-``client_backward.onnx`` for the backward pass without torch.
+and SHA-256, and ``manifest.sig`` signs the manifest (``wire.signing``).
+``client_backward.onnx`` is kept free for the backward pass without torch.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import io
 import re
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 import numpy as np
@@ -33,6 +33,7 @@ CLIENT_FORWARD: Final = "client_forward.onnx"
 CLIENT_BACKWARD: Final = "client_backward.onnx"
 CLIENT_TORCH: Final = "client_torch.json"
 WEIGHTS: Final = "weights.safetensors"
+GOLDEN: Final = "golden.safetensors"
 REQUIRED_FILES: Final = (CLIENT_FORWARD, CLIENT_TORCH, WEIGHTS)
 
 _MAX_FILES = 64
@@ -85,11 +86,26 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     tolerance: float
 
 
+class Golden(msgspec.Struct, frozen=True, kw_only=True):
+    """How near a device must come to ``golden.safetensors`` (see ``docs/bundles.md``).
+
+    ``tolerance`` is the largest absolute difference of an activation, ``gradient_tolerance`` the
+    largest relative one of a parameter gradient's norm.
+    """
+
+    batch: int
+    tolerance: float
+    gradient_tolerance: float
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What the bundle holds. Unknown fields are skipped, so that later versions can add some.
 
     ``forward_bytes_per_sample`` and ``backward_bytes_per_sample`` estimate the memory of the
     intermediate values; micro-batches are cut by them.
+    ``sequence`` grows with every release under one ``name``: a device that has had one refuses
+    those before it. ``created`` and ``expires`` are times as in RFC 3339, ``expires`` empty for
+    never. ``minimum_agent`` is the oldest agent that can run the bundle, empty for any.
     """
 
     schema: int = BUNDLE_SCHEMA
@@ -108,6 +124,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, FileEntry] = {}
     forward_bytes_per_sample: int
     backward_bytes_per_sample: int
+    sequence: int = 0
+    expires: str = ""
+    minimum_agent: str = ""
+    golden: Golden | None = None
     checks: tuple[Check, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -116,22 +136,48 @@ class _Schema(msgspec.Struct, frozen=True):
     schema: int
 
 
+class Trust(Protocol):
+    """Who may have made a bundle: ``wire.signing.TrustedKeys``."""
+
+    def check(self, manifest: bytes, signature_file: bytes | None) -> str:
+        """The id of the key that signed these bytes; raises ModelError if none has."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A verified bundle; ``digest`` is the SHA-256 of its bytes in hexadecimal."""
+    """A verified bundle; ``digest`` is the SHA-256 of its bytes in hexadecimal.
+
+    ``signed_by`` is the id of the trusted key, None where signatures were not checked;
+    ``signature_file`` is ``manifest.sig`` as it came.
+    """
 
     manifest: Manifest
     digest: str
     files: Mapping[str, bytes]
+    signed_by: str | None = None
+    signature_file: bytes | None = None
 
     @classmethod
-    def from_bytes(cls, data: bytes, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Bundle:
-        """Read a bundle of at most ``max_bytes``; raise BundleError before any part is used."""
+    def from_bytes(
+        cls, data: bytes, *, max_bytes: int = DEFAULT_MAX_BYTES, trust: Trust | None = None
+    ) -> Bundle:
+        """Read a bundle of at most ``max_bytes``; raise BundleError before any part is used.
+
+        With ``trust``, SignatureError unless it is signed: the manifest is not even read before.
+        """
         files = _read_archive(data, max_bytes)
-        manifest = _parse_manifest(files.pop(MANIFEST))
-        files.pop(SIGNATURE, None)
+        raw_manifest = files.pop(MANIFEST)
+        signature_file = files.pop(SIGNATURE, None)
+        signed_by = None if trust is None else trust.check(raw_manifest, signature_file)
+        manifest = _parse_manifest(raw_manifest)
         _verify_files(manifest, files)
-        return cls(manifest=manifest, digest=bundle_digest(data), files=files)
+        return cls(
+            manifest=manifest,
+            digest=bundle_digest(data),
+            files=files,
+            signed_by=signed_by,
+            signature_file=signature_file,
+        )
 
     def initial_weights(self) -> dict[str, NDArray[Any]]:
         """Parameters and buffers by name, as read-only views; raise BundleError if they differ
@@ -162,15 +208,31 @@ def encode_weights(weights: Mapping[str, NDArray[Any]]) -> bytes:
     return bytes(encode_tensors(parts, {}))
 
 
-def build_bundle(manifest: Manifest, files: Mapping[str, bytes]) -> bytes:
-    """Pack a bundle; the manifest's ``files`` are filled in from ``files``."""
+def build_bundle(
+    manifest: Manifest,
+    files: Mapping[str, bytes],
+    *,
+    sign: Callable[[bytes], bytes] | None = None,
+) -> bytes:
+    """Pack a bundle; the manifest's ``files`` are filled in from ``files``.
+
+    ``sign`` makes ``manifest.sig`` from the manifest's bytes.
+    """
     entries = {
         name: FileEntry(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
         for name, data in sorted(files.items())
     }
     manifest = msgspec.structs.replace(manifest, files=entries)
     text = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
-    return _write_archive({**files, MANIFEST: text})
+    signature = {} if sign is None else {SIGNATURE: sign(text)}
+    return _write_archive({**files, **signature, MANIFEST: text})
+
+
+def sign_bundle(data: bytes, sign: Callable[[bytes], bytes]) -> bytes:
+    """The bundle with ``manifest.sig`` (again) made by ``sign``; the rest stays as it is."""
+    Bundle.from_bytes(data, max_bytes=len(data))
+    files = _read_archive(data, len(data))
+    return _write_archive({**files, SIGNATURE: sign(files[MANIFEST])})
 
 
 def _write_archive(files: Mapping[str, bytes]) -> bytes:

@@ -21,6 +21,9 @@ SCHEMA = "1"
 NonNegative = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)]
 Text = Annotated[str, msgspec.Meta(max_length=1024)]
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+PositiveSeconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +59,8 @@ class Birth(Message, frozen=True, kw_only=True):
 
     ``boot`` grows with every connection of the device, across restarts.
     ``label_counts`` (M classes) sums to ``samples``; ``sample_shape`` is without the batch.
+    ``bundle`` is the digest of the one in use, ``committed`` that of the one in use for good:
+    they differ while a bundle is on trial.
     """
 
     boot: NonNegative
@@ -65,6 +70,7 @@ class Birth(Message, frozen=True, kw_only=True):
     capabilities: Capabilities = Capabilities()
     max_batch: Positive | None = None
     bundle: Text | None = None
+    committed: Text | None = None
     agent: Text = ""
     labels: dict[str, str] = {}
 
@@ -116,31 +122,104 @@ class FleetState(Message, frozen=True, kw_only=True):
     boot: NonNegative = 0
 
 
-class RolloutOffer(Message, frozen=True, kw_only=True):
-    """A bundle for the device to fetch, verify and use."""
+class RolloutMessage(Message, frozen=True, kw_only=True, tag_field="kind"):
+    """Base of what the coordinator says on ``down/rollout``; ``kind`` tells them apart."""
 
-    digest: Text
+
+class RolloutOffer(RolloutMessage, frozen=True, kw_only=True, tag="offer"):
+    """A bundle for the device to fetch, verify, test and use.
+
+    ``campaign`` is empty when a training run hands out its own bundle. A repeated offer with the
+    same ``attempt`` changes nothing; a higher one asks a device that has given up to try again.
+    ``shared``: chunks also come on the bundle's own topic below ``fleet/``. In use, the bundle is
+    committed after ``good_steps`` answered ranges or ``soak_s`` seconds, whichever is first; with
+    both 0, at once. The limits are seconds from the phase's beginning on the device.
+    """
+
+    digest: Digest
     size_bytes: Positive
     chunk_bytes: Positive
     name: Text = ""
     version: Text = ""
+    campaign: Text = ""
+    attempt: NonNegative = 0
+    shared: bool = False
+    good_steps: NonNegative = 0
+    soak_s: Seconds = 0.0
+    download_limit_s: PositiveSeconds = 3600.0
+    self_test_limit_s: PositiveSeconds = 120.0
+    commit_limit_s: PositiveSeconds = 86_400.0
+
+
+class RolloutCancel(RolloutMessage, frozen=True, kw_only=True, tag="cancel"):
+    """Stop what is not in use yet; with ``revert``, go back from it where it is."""
+
+    digest: Digest
+    campaign: Text
+    revert: bool = False
+
+
+class RolloutAcknowledge(RolloutMessage, frozen=True, kw_only=True, tag="acknowledge"):
+    """The status of this ``sequence`` is written down: it need not be repeated."""
+
+    digest: Digest
+    campaign: Text
+    sequence: NonNegative
 
 
 class RolloutPhase(StrEnum):
-    """How far a device is with an offered bundle."""
+    """How far a device is with an offered bundle.
+
+    ``wanted``: downloading. ``verified``: whole, of the right digest and signature; self-test.
+    ``installed``: in use, on trial. ``committed``: in use for good. ``refused``: never used, since
+    it is not for this device. ``failed``: never used, since download or self-test went wrong.
+    ``reverted``: was in use; the one before is again. ``cancelled``: stopped before it was used.
+    """
 
     WANTED = "wanted"
+    VERIFIED = "verified"
     INSTALLED = "installed"
+    COMMITTED = "committed"
     REFUSED = "refused"
+    FAILED = "failed"
+    REVERTED = "reverted"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        """Nothing follows by itself (a committed bundle may still be called back)."""
+        return self not in {RolloutPhase.WANTED, RolloutPhase.VERIFIED, RolloutPhase.INSTALLED}
+
+
+class SelfTestReport(Message, frozen=True, kw_only=True):
+    """What the self-test measured on the device.
+
+    ``max_error`` is the largest absolute difference from the golden output, ``gradient_error``
+    the largest relative one of a gradient's norm; None where the bundle or device has none.
+    ``peak_bytes`` is the memory that the test took beyond the idle process.
+    """
+
+    seconds: Seconds
+    peak_bytes: NonNegative
+    max_error: float | None = None
+    gradient_error: float | None = None
 
 
 class RolloutStatus(Message, frozen=True, kw_only=True):
-    """A device's answer to an offer; ``wanted`` asks for the chunk at ``offset_bytes``."""
+    """A device's answer to an offer; ``wanted`` asks for the chunk at ``offset_bytes``.
+
+    ``sequence`` grows with every new status of a campaign and is the same in its repetitions;
+    within a campaign all but ``wanted`` are repeated until acknowledged.
+    """
 
     digest: Text
     phase: RolloutPhase
     offset_bytes: NonNegative = 0
     detail: Text = ""
+    campaign: Text = ""
+    attempt: NonNegative = 0
+    sequence: NonNegative = 0
+    self_test: SelfTestReport | None = None
 
 
 class Telemetry(Message, frozen=True, kw_only=True):
@@ -192,7 +271,8 @@ class WeightsHeader(Message, frozen=True, kw_only=True):
 
 
 class ChunkHeader(Message, frozen=True, kw_only=True):
-    """Header of ``down/bundle``; tensor ``data`` (U8) from ``offset_bytes`` on."""
+    """Header of ``down/bundle`` and ``fleet/bundle/…``; tensor ``data`` (U8) from
+    ``offset_bytes`` on."""
 
     digest: Text
     offset_bytes: NonNegative
@@ -203,6 +283,9 @@ M = TypeVar("M", bound=Message)
 
 _encoder = msgspec.json.Encoder()
 _decoders: dict[type[Message], msgspec.json.Decoder[Message]] = {}
+_rollout_decoder: msgspec.json.Decoder[RolloutOffer | RolloutCancel | RolloutAcknowledge] = (
+    msgspec.json.Decoder(RolloutOffer | RolloutCancel | RolloutAcknowledge)
+)
 
 
 def encode_message(message: Message) -> bytes:
@@ -221,6 +304,14 @@ def decode_message(payload: bytes, message_type: type[M]) -> M:
         raise PeerProtocolError(Refusal.MALFORMED, str(exc)) from exc
     assert isinstance(message, message_type)
     return message
+
+
+def decode_rollout(payload: bytes) -> RolloutOffer | RolloutCancel | RolloutAcknowledge:
+    """Decode what came on ``down/rollout``; raise PeerProtocolError naming the field."""
+    try:
+        return _rollout_decoder.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise PeerProtocolError(Refusal.MALFORMED, str(exc)) from exc
 
 
 def build_metadata(header: Message) -> dict[str, str]:

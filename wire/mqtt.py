@@ -146,11 +146,13 @@ class MqttConnection:
         payload: bytes | bytearray,
         *,
         device: str | None = None,
+        bundle: str | None = None,
         expiry_s: float | None = None,
     ) -> bool:
         """Hand a message to the broker; False when offline (nothing was queued).
 
-        Raises PayloadTooLargeError, with both sizes, before anything is sent.
+        ``device`` or ``bundle`` (a digest) complete the topics of channels that need them. Raises
+        PayloadTooLargeError, with both sizes, before anything is sent.
         """
         if len(payload) > self.max_payload_bytes:
             raise PayloadTooLargeError(
@@ -160,7 +162,7 @@ class MqttConnection:
         if not self._connected.is_set():
             return False
         info = self._client.publish(
-            build_topic(self._fleet, channel, device),
+            build_topic(self._fleet, channel, device, bundle=bundle),
             payload,
             qos=channel.qos,
             retain=channel.retain,
@@ -168,6 +170,18 @@ class MqttConnection:
         )
         self.bytes_sent += len(payload)
         return info.rc in (paho.MQTT_ERR_SUCCESS, paho.MQTT_ERR_NO_CONN)
+
+    def subscribe(self, topic: str) -> None:
+        """Listen to one more topic, in this connection and in those that follow."""
+        self._subscriptions = [*self._subscriptions, topic]
+        if self._connected.is_set():
+            self._client.subscribe([(topic, SubscribeOptions(qos=1))])
+
+    def unsubscribe(self, topic: str) -> None:
+        """Listen to it no longer."""
+        self._subscriptions = [held for held in self._subscriptions if held != topic]
+        if self._connected.is_set():
+            self._client.unsubscribe(topic)
 
     def stop(self) -> None:
         """Send what is in flight, disconnect without the last will, end the thread."""

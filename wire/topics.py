@@ -17,6 +17,8 @@ ROOT = "splitfleet/v1"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
+_BUNDLE_KEY = re.compile(r"[0-9a-f]{16}")
+
 NAME_RULE = "1 to 64 letters, digits, '_', '.' or '-', beginning with a letter or digit"
 
 
@@ -50,6 +52,7 @@ class Channel(Enum):
     BUNDLE = (Direction.DOWN, "bundle", Payload.TENSORS, 1, False)
     WEIGHTS = (Direction.FLEET, "weights", Payload.TENSORS, 1, True)
     FLEET_STATE = (Direction.FLEET, "state", Payload.JSON, 1, True)
+    SHARED_BUNDLE = (Direction.FLEET, "bundle", Payload.TENSORS, 1, False)
 
     def __init__(
         self, direction: Direction, level: str, payload: Payload, qos: int, retain: bool
@@ -66,11 +69,15 @@ _BY_LEVEL = {(channel.direction, channel.level): channel for channel in Channel}
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A parsed topic; ``device`` is None on fleet channels."""
+    """A parsed topic; ``device`` is None on fleet channels.
+
+    ``bundle`` is the beginning of a digest, on the channel of shared chunks alone.
+    """
 
     fleet: str
     channel: Channel
     device: str | None = None
+    bundle: str | None = None
 
 
 def is_valid_name(name: str) -> bool:
@@ -78,8 +85,17 @@ def is_valid_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def build_topic(fleet: str, channel: Channel, device: str | None = None) -> str:
-    """Build the topic of ``channel``; device channels need ``device``."""
+def build_topic(
+    fleet: str, channel: Channel, device: str | None = None, *, bundle: str | None = None
+) -> str:
+    """Build the topic of ``channel``; device channels need ``device``.
+
+    Shared chunks need ``bundle``, a digest of which the first 16 digits count. They lie one level
+    deeper than the rest of ``fleet/``, so that only who asks for them gets them.
+    """
+    if channel is Channel.SHARED_BUNDLE:
+        assert bundle is not None, "shared chunks are those of one bundle"
+        return f"{ROOT}/{fleet}/fleet/{channel.level}/{bundle[:16]}"
     if channel.direction is Direction.FLEET:
         return f"{ROOT}/{fleet}/fleet/{channel.level}"
     assert device is not None, f"{channel.name} is a channel of one device"
@@ -91,8 +107,11 @@ def parse_topic(topic: str) -> Address:
     match topic.split("/"):
         case ["splitfleet", "v1", fleet, "fleet", level]:
             channel = _BY_LEVEL.get((Direction.FLEET, level))
-            if channel is not None:
+            if channel is not None and channel is not Channel.SHARED_BUNDLE:
                 return Address(fleet=fleet, channel=channel)
+        case ["splitfleet", "v1", fleet, "fleet", "bundle", bundle]:
+            if _BUNDLE_KEY.fullmatch(bundle):
+                return Address(fleet=fleet, channel=Channel.SHARED_BUNDLE, bundle=bundle)
         case ["splitfleet", "v1", fleet, "dev", device, ("up" | "down") as way, level]:
             channel = _BY_LEVEL.get((Direction(way), level))
             if channel is not None and is_valid_name(device):
