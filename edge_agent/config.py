@@ -24,9 +24,9 @@ class ComputeSettings(Settings, frozen=True, kw_only=True):
     """How the client segment runs.
 
     ``forward: auto`` takes PyTorch for a segment that PyTorch trains, else ONNX Runtime.
-    ``backward: auto`` takes PyTorch where it is installed. ``max_batch_bytes`` bounds the memory
-    of one pass: a larger range goes through in micro-batches. ``max_batch`` is the most samples
-    that the coordinator may ask for in one step.
+    ``backward: auto`` takes PyTorch where it is installed, else ONNX Runtime. ``max_batch_bytes``
+    bounds the memory of one pass: a larger range goes through in micro-batches. ``max_batch`` is
+    the most samples that the coordinator may ask for in one step.
     """
 
     forward: ForwardName = "auto"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
-from edge_agent.compute import ComputeBackend, build_backend
+from edge_agent.compute import ComputeBackend, build_backend, choose_backward
 from edge_agent.config import AgentSettings
 from edge_agent.daemon import AgentDaemon
 from edge_agent.datasets import load_data
@@ -29,14 +29,13 @@ def build_daemon(settings: AgentSettings, *, source: str) -> AgentDaemon:
 
 def build_capabilities(settings: AgentSettings, backend: ComputeBackend) -> Capabilities:
     """What the birth says that this device can do."""
+    forward = (backend.forward_name,)
     if backend.can_backward:
-        return Capabilities(forward=(backend.forward_name,), backward=("torch",))
-    reason = (
-        "backward is set to none"
-        if settings.compute.backward == "none"
-        else "no PyTorch here: it can take part with a frozen client segment"
+        return Capabilities(forward=forward, backward=(backend.backward_name,))
+    why = choose_backward(settings.compute.backward).why
+    return Capabilities(
+        forward=forward, reason=f"{why}: it can take part with a frozen client segment"
     )
-    return Capabilities(forward=(backend.forward_name,), reason=reason)
 
 
 def check_device(settings: AgentSettings, *, source: str) -> dict[str, Any]:

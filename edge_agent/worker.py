@@ -53,8 +53,8 @@ class Worker:
             )
         if not manifest.frozen and not self._backend.can_backward:
             raise ModelError(
-                "this device cannot run a backward pass: install the extra 'agent-torch', or "
-                "train with a frozen client segment"
+                "this device runs no backward pass: expected compute.backward other than none, or "
+                "a frozen client segment"
             )
         self._backend.load(bundle)
         self._bundle = bundle

@@ -271,7 +271,7 @@ def test_device_without_a_backward_pass_takes_only_frozen_bundles(
     bundle: Bundle, tmp_path: Path
 ) -> None:
     worker = Worker(_data(), build_backend("onnxruntime", "none"))
-    with pytest.raises(ModelError, match="install the extra 'agent-torch'"):
+    with pytest.raises(ModelError, match=r"expected compute\.backward other than none"):
         worker.install(bundle)
     frozen = _bundle(frozen=True, folder=str(tmp_path))
     worker.install(frozen)

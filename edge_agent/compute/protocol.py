@@ -22,7 +22,7 @@ class ComputeBackend(Protocol):
 
     @property
     def backward_name(self) -> str:
-        """``torch``, or ``none`` on a device that can only run frozen segments."""
+        """``torch``, ``onnxruntime``, or ``none`` on a device for frozen segments only."""
 
     @property
     def can_backward(self) -> bool:

@@ -5,16 +5,22 @@ Legend: B samples in the batch, X one sample's shape, A one activation's shape.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.compute.onnx_backend import OnnxForward
+from edge_agent.compute.onnx_backend import OnnxBackward, OnnxForward
 from edge_agent.compute.torch_backend import TorchSegment
 from wire.bundle import Bundle
 from wire.errors import LocalProtocolError, ModelError
+
+# ONNX Runtime is fastest where a pass stays in the caches: measured per sample, batches of 128 of
+# the small CNNs take up to a third longer than batches of 16, and a ResNet stage gains nothing
+# beyond one sample.
+_ONNX_PASS_BYTES = 16 * 1024 * 1024
 
 
 class SegmentBackend:
@@ -27,11 +33,12 @@ class SegmentBackend:
         self.forward_name = forward
         self.backward_name = backward
         if forward == "auto":
-            self.forward_name = "torch" if self.can_backward else "onnxruntime"
+            self.forward_name = "torch" if backward == "torch" else "onnxruntime"
         self._threads = threads
         self._max_batch_bytes = max_batch_bytes
         self._bundle: Bundle | None = None
         self._onnx: OnnxForward | None = None
+        self._onnx_backward: OnnxBackward | None = None
         self._torch: TorchSegment | None = None
         self._kept_token: Hashable | None = None
 
@@ -42,25 +49,27 @@ class SegmentBackend:
     def load(self, bundle: Bundle) -> None:
         weights = bundle.initial_weights()
         trains = self.can_backward and not bundle.manifest.frozen
-        if self._forward == "auto":
+        torch_trains = trains and self.backward_name == "torch"
+        forward = self._forward
+        if forward == "auto":
             # Where torch runs the backward pass, its forward pass keeps the graph for it: with
             # another engine in front the segment would be run forward twice in every step.
-            self.forward_name = "torch" if trains else "onnxruntime"
-        onnx = OnnxForward(bundle, threads=self._threads) if self._uses_onnx else None
-        # A frozen segment on ONNX Runtime must not cost the memory and the start of torch.
-        needs_torch = trains or not self._uses_onnx
+            forward = "torch" if torch_trains else "onnxruntime"
+        onnx = OnnxForward(bundle, threads=self._threads) if forward == "onnxruntime" else None
+        onnx_backward = None
+        if trains and not torch_trains:
+            onnx_backward = OnnxBackward(bundle, threads=self._threads)
+        # A segment that ONNX Runtime runs alone must not cost the memory and the start of torch.
+        needs_torch = torch_trains or forward == "torch"
         torch = TorchSegment(bundle, threads=self._threads) if needs_torch else None
-        self._bundle, self._onnx, self._torch = bundle, onnx, torch
+        self._bundle, self.forward_name = bundle, forward
+        self._onnx, self._onnx_backward, self._torch = onnx, onnx_backward, torch
         self.set_weights(weights)
-
-    @property
-    def _uses_onnx(self) -> bool:
-        return self.forward_name == "onnxruntime"
 
     def set_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
         checked = _check_weights(self._loaded(), weights)
         self._kept_token = None
-        for engine in (self._onnx, self._torch):
+        for engine in (self._onnx, self._onnx_backward, self._torch):
             if engine is not None:
                 engine.set_weights(checked)
 
@@ -73,7 +82,7 @@ class SegmentBackend:
             return self._torch.forward_kept(x_BX)
         engine = self._onnx or self._torch
         assert engine is not None, "a loaded backend has a forward engine"
-        size = self._micro_batch(manifest.forward_bytes_per_sample)
+        size = self.forward_pass_samples
         parts = list(_micro_batches(len(x_BX), size))
         if len(parts) == 1:
             return engine.forward(x_BX)
@@ -86,40 +95,67 @@ class SegmentBackend:
         self, x_BX: NDArray[Any], grad_BA: NDArray[Any], *, token: Hashable | None = None
     ) -> dict[str, NDArray[Any]]:
         manifest = self._loaded().manifest
-        if self._torch is None or manifest.frozen or not self.can_backward:
-            raise LocalProtocolError("a backward pass was asked of a backend that has none")
+        engine = self._backward_engine()
         x_BX = _check_batch("samples", x_BX, manifest.input.shape)
         grad_BA = _check_batch("cut gradients", grad_BA, manifest.activation.shape)
         if len(x_BX) != len(grad_BA):
             raise ModelError(f"expected {len(x_BX)} cut gradients, received {len(grad_BA)}")
         kept, self._kept_token = self._kept_token, None
-        if kept is not None and kept == token:
+        if self._torch is not None and kept is not None and kept == token:
             return self._torch.backward_kept(grad_BA)
-        size = self._micro_batch(manifest.backward_bytes_per_sample)
+        size = self.backward_pass_samples
         if 0 < len(x_BX) <= (size or len(x_BX)):
-            return self._torch.backward(x_BX, grad_BA)
+            return engine.backward(x_BX, grad_BA)
         total: dict[str, NDArray[Any]] = {}
         for rows in _micro_batches(len(x_BX), size):
-            _add_into(total, self._torch.backward(x_BX[rows], grad_BA[rows]))
+            _add_into(total, engine.backward(x_BX[rows], grad_BA[rows]))
         return total or {p.name: np.zeros(p.shape, np.float32) for p in manifest.parameters}
+
+    @property
+    def forward_pass_samples(self) -> int | None:
+        """Samples in one forward pass of the loaded bundle; None: any number."""
+        manifest = self._loaded().manifest
+        on_onnx = self._onnx is not None
+        return self._pass_samples(manifest.forward_bytes_per_sample, on_onnx=on_onnx)
+
+    @property
+    def backward_pass_samples(self) -> int | None:
+        """Samples in one backward pass of the loaded bundle; None: any number."""
+        manifest = self._loaded().manifest
+        on_onnx = self._onnx_backward is not None
+        return self._pass_samples(manifest.backward_bytes_per_sample, on_onnx=on_onnx)
 
     def _loaded(self) -> Bundle:
         if self._bundle is None:
             raise LocalProtocolError("a backend was used before a bundle was loaded")
         return self._bundle
 
-    def _micro_batch(self, bytes_per_sample: int) -> int | None:
-        """Samples that fit ``max_batch_bytes``, at least one; None: any number."""
-        if self._max_batch_bytes is None:
+    def _backward_engine(self) -> OnnxBackward | TorchSegment:
+        manifest = self._loaded().manifest
+        engine = self._onnx_backward or self._torch
+        if engine is None or manifest.frozen or not self.can_backward:
+            raise LocalProtocolError("a backward pass was asked of a backend that has none")
+        return engine
+
+    def _pass_samples(self, bytes_per_sample: int, *, on_onnx: bool) -> int | None:
+        """Samples whose intermediate values fit, at least one; None: any number."""
+        limit_bytes = self._max_batch_bytes
+        if on_onnx:
+            # Each pass also writes all gradients: it should have more to do than that.
+            parameters = self._loaded().manifest.parameters
+            parameter_bytes = sum(4 * math.prod(spec.shape) for spec in parameters)
+            pass_bytes = max(_ONNX_PASS_BYTES, 4 * parameter_bytes)
+            limit_bytes = min(pass_bytes, limit_bytes or pass_bytes)
+        if limit_bytes is None:
             return None
-        return max(1, self._max_batch_bytes // max(1, bytes_per_sample))
+        return max(1, limit_bytes // max(1, bytes_per_sample))
 
     def _fits_kept(self, samples: int, token: Hashable | None) -> bool:
         """Whether the forward pass may keep its graph: only a whole batch within the limit."""
-        manifest = self._loaded().manifest
-        if token is None or manifest.frozen or not self.can_backward or samples == 0:
+        trains = self.backward_name == "torch" and not self._loaded().manifest.frozen
+        if token is None or not trains or samples == 0:
             return False
-        size = self._micro_batch(manifest.backward_bytes_per_sample)
+        size = self.backward_pass_samples
         return size is None or samples <= size
 
 
