@@ -38,6 +38,8 @@ class PolicySettings(Settings, frozen=True, kw_only=True):
     delays_s: dict[str, float] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.name.is_by_class:
+            raise ValueError(f"expected a policy that devices know, {self.name} is not one yet")
         if self.refit_every < 1:
             raise ValueError(f"expected refit_every >= 1, received {self.refit_every}")
         if self.max_batch is not None and self.max_batch < 1:

@@ -276,7 +276,10 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"label_counts": [[0.5, 2]]}, "label_counts: expected whole numbers, received 0.5"),
     ({"global_batch": 0}, "global_batch: expected a whole number from 1, received 0"),
     ({"global_batch": 2.5}, "global_batch: expected a whole number from 1, received 2.5"),
-    ({"policy": "best"}, "policy: expected one of fls, fpls, ugs, lds, received 'best'"),
+    (
+        {"policy": "best"},
+        "policy: expected one of fls, fpls, ugs, lds, class-targeted, received 'best'",
+    ),
     ({"delays_s": [1.0, float("nan")]}, r"delays_s\[1\]: expected finite"),
     ({"delays_s": [1.0]}, r"delays_s: expected shape \(2,\), received \(1,\)"),
     ({"delta": -1}, "delta: expected a finite number from 0, received -1"),

@@ -2,76 +2,32 @@
 
 One object per policy and epoch, made by ``build_policy``. A policy is told what is left and what
 each device can take, and draws one step; it holds no count of its own, so the planner's account is
-the only one. A new policy is a class with the methods of ``StepPolicy`` and a line in ``POLICIES``.
+the only one. A new policy is a class with the methods of ``StepPolicy``, or of ``ClassPolicy``
+where it says which classes a device supplies, and a line in ``POLICIES``.
 
 Shapes: K devices, M classes.
 """
-# ruff: noqa: N815 (fields carry their shapes)
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from coordinator.allocation.budget import fit_within_budget
 from coordinator.allocation.draws import draw_categorical, draw_hypergeometric
+from coordinator.allocation.fleet import (
+    ClassPolicy,
+    Delays,
+    Fleet,
+    Policy,
+    State,
+    StepPolicy,
+)
 from coordinator.allocation.posterior import Fit, build_population, fit_posterior
+from coordinator.allocation.targeted import ClassTargetedSampling
 from coordinator.allocation.validation import FloatArray, IntArray
-
-State = dict[str, Any]
-
-
-class Policy(StrEnum):
-    """Names of the policies."""
-
-    FLS = "fls"
-    FPLS = "fpls"
-    UGS = "ugs"
-    LDS = "lds"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fleet:
-    """What a policy may know of the devices and of the user's choice.
-
-    beta_MK: label distributions, a column per device. held_K: samples of a whole epoch.
-    delays_K: seconds. delta: given, or None to choose it from ``deviation_budget``.
-    """
-
-    beta_MK: FloatArray
-    held_K: IntArray
-    delays_K: FloatArray
-    global_batch: int
-    delta: float | None
-    deviation_budget: float
-    refit_every: int
-
-
-class StepPolicy(Protocol):
-    """One policy over one epoch."""
-
-    @property
-    def delta(self) -> float | None:
-        """Delta of the step drawn last; None where the policy has none."""
-
-    def draw(self, rng: np.random.Generator, remaining_K: IntArray, room_K: IntArray) -> IntArray:
-        """Counts of the next step, (K,); room_K is at most remaining_K and not all 0."""
-
-    def expected_share(self, remaining_K: IntArray) -> FloatArray:
-        """Share of the next step that each device is expected to supply, caps left aside."""
-
-    def replan(self, delays_K: FloatArray) -> None:
-        """Take new delays, and forget what was derived from an earlier state of the fleet."""
-
-    def state(self) -> State:
-        """What ``restore`` needs beyond the constructor's arguments, as JSON values."""
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state`` was taken."""
 
 
 class _Stateless:
@@ -79,7 +35,7 @@ class _Stateless:
 
     delta: float | None = None
 
-    def replan(self, delays_K: FloatArray) -> None:
+    def replan(self, delays: Delays) -> None:
         """Nothing is derived from delays."""
 
     def state(self) -> State:
@@ -153,7 +109,7 @@ class LatentDirichletSampling:
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._delays_K = fleet.delays_K
+        self._delays_K = fleet.delays.typical_K
         self.delta: float | None = None
         self._fit: Fit | None = None
         self._edges_K = np.zeros(0)
@@ -173,9 +129,9 @@ class LatentDirichletSampling:
             return np.zeros(remaining_K.shape)
         return self._refit_where_due(remaining_K).pi_K
 
-    def replan(self, delays_K: FloatArray) -> None:
+    def replan(self, delays: Delays) -> None:
         """Refit with these delays before the next step."""
-        self._delays_K = delays_K
+        self._delays_K = delays.typical_K
         self._stale = True
 
     def state(self) -> State:
@@ -245,15 +201,16 @@ class LatentDirichletSampling:
         self._edges_K = np.cumsum(fit.pi_K)
 
 
-POLICIES: Mapping[Policy, Callable[[Fleet], StepPolicy]] = {
+POLICIES: Mapping[Policy, Callable[[Fleet], StepPolicy | ClassPolicy]] = {
     Policy.FLS: FixedLocalBatches.equal,
     Policy.FPLS: FixedLocalBatches.proportional,
     Policy.UGS: UniformGlobalSampling,
     Policy.LDS: LatentDirichletSampling,
+    Policy.CLASS_TARGETED: ClassTargetedSampling,
 }
 
 
-def build_policy(policy: Policy | str, fleet: Fleet) -> StepPolicy:
+def build_policy(policy: Policy | str, fleet: Fleet) -> StepPolicy | ClassPolicy:
     """A fresh object of the named policy for one epoch."""
     return POLICIES[parse_policy(policy)](fleet)
 

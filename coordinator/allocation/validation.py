@@ -61,14 +61,28 @@ def check_remaining(values: ArrayLike, held_K: IntArray, *, at_most_held: bool) 
     return left_K
 
 
-def check_delays(values: ArrayLike, devices: int) -> FloatArray:
+def check_remaining_by_class(values: ArrayLike, held_KM: IntArray) -> IntArray:
+    """Samples left per device and class, (K, M), at most those that are held."""
+    left_KM = check_whole_numbers(values, "remaining", ndim=2)
+    if left_KM.shape != held_KM.shape:
+        raise ValueError(f"remaining: expected shape {held_KM.shape}, received {left_KM.shape}")
+    if np.any(left_KM > held_KM):
+        k, m = (int(i) for i in np.argwhere(left_KM > held_KM)[0])
+        raise ValueError(
+            f"remaining[{k}][{m}]: expected at most the {held_KM[k, m]} samples of its label "
+            f"counts, received {left_KM[k, m]}"
+        )
+    return left_KM
+
+
+def check_delays(values: ArrayLike, devices: int, name: str = "delays_s") -> FloatArray:
     """Seconds per device, (K,), finite and not negative."""
-    raw = _numeric(values, "delays_s", "seconds").astype(np.float64)
-    _same_length(raw.shape, devices, "delays_s")
+    raw = _numeric(values, name, "seconds").astype(np.float64)
+    _same_length(raw.shape, devices, name)
     wrong_K = ~(np.isfinite(raw) & (raw >= 0))
     if np.any(wrong_K):
         k = int(np.argmax(wrong_K))
-        raise ValueError(f"delays_s[{k}]: expected finite seconds from 0, received {raw[k]}")
+        raise ValueError(f"{name}[{k}]: expected finite seconds from 0, received {raw[k]}")
     return raw
 
 
