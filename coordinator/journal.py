@@ -46,6 +46,7 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     problem: str = ""
     samples: int = 0
     label_counts: tuple[int, ...] = ()
+    max_batch: int | None = None
     samples_trained: int = 0
     missed_deadlines: int = 0
     fixed_s: float | None = None

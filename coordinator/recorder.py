@@ -47,7 +47,11 @@ class EpochRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """One device over the whole run; ``delay_s`` is what a typical contribution takes."""
+    """One device over the whole run.
+
+    ``delay_s`` is what a typical contribution takes, ``fixed_s`` and ``per_sample_s`` its parts:
+    forward and backward phase together, as measured. ``max_batch`` is the device's own limit.
+    """
 
     device: str
     samples_held: int
@@ -58,6 +62,10 @@ class DeviceSummary(msgspec.Struct, frozen=True, kw_only=True):
     bytes_up: int
     bytes_down: int
     refused: dict[str, int]
+    label_counts: tuple[int, ...] = ()
+    max_batch: int | None = None
+    fixed_s: float | None = None
+    per_sample_s: float | None = None
 
 
 class RunSummary(msgspec.Struct, frozen=True, kw_only=True):

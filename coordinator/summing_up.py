@@ -51,6 +51,7 @@ def _device_record(device: Device, run: TrainingRun | None) -> DeviceRecord:
         problem=device.problem,
         samples=birth.samples if birth else 0,
         label_counts=birth.label_counts if birth else (),
+        max_batch=birth.max_batch if birth else None,
         samples_trained=run.rounds.trained[device.name] if run else 0,
         missed_deadlines=run.rounds.attendance.missed[device.name] if run else 0,
         fixed_s=fixed_s,
@@ -112,4 +113,8 @@ def _sum_up_device(run: TrainingRun, name: str) -> DeviceSummary:
         bytes_up=device.bytes_up,
         bytes_down=device.bytes_down,
         refused=dict(device.refused),
+        label_counts=device.birth.label_counts if device.birth else (),
+        max_batch=device.birth.max_batch if device.birth else None,
+        fixed_s=fixed_s,
+        per_sample_s=per_sample_s,
     )

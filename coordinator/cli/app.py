@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli import broker_config, demo, devices, doctor, export, status, train
+from coordinator.cli import broker_config, demo, devices, doctor, export, simulate, status, train
 from wire import __version__
 from wire.command import run_command
 
@@ -32,6 +32,7 @@ app.command()(demo.demo)
 app.command()(train.train)
 app.command()(devices.devices)
 app.command()(status.status)
+app.command()(simulate.simulate)
 app.command()(export.export)
 app.command("broker-config")(broker_config.broker_config)
 app.command()(doctor.doctor)
