@@ -24,7 +24,10 @@ class StepBatch:
         self._classes = classes
         self._activations = np.empty((plan.samples, *activation_shape), np.float32)
         self._labels = np.empty(plan.samples, np.int64)
-        self._gradients: dict[PlannedSlot, dict[str, Floats]] = {}
+        self._gradients: dict[PlannedSlot, dict[str, Floats]] = {}  # wait for earlier slots
+        self._total: dict[str, Floats] = {}
+        self._summed = 0  # slots of the plan that are in the total, or never will be
+        self._samples = 0  # in the total
         self._rows: dict[PlannedSlot, slice] = {}
         start = 0
         for slot in plan.slots:
@@ -54,17 +57,36 @@ class StepBatch:
         return np.bincount(labels, minlength=self._classes).astype(np.int64)
 
     def add_gradients(self, slot: PlannedSlot, gradients: dict[str, Floats]) -> None:
-        """Keep a slot's parameter gradients."""
+        """Take a slot's parameter gradients (the arrays become the batch's own).
+
+        Slots are summed in plan order, whenever they came, so that the order of arrival never
+        shows in the bits; only those that wait for an earlier one are kept.
+        """
         self._gradients[slot] = gradients
+        slots = self.plan.slots
+        while self._summed < len(slots) and slots[self._summed] in self._gradients:
+            self._add_next()
 
     def sum_gradients(self, slots: Sequence[PlannedSlot], scale: float) -> dict[str, Floats]:
-        """Sum over slots in plan order, so that the order of arrival never shows in the bits."""
-        first, *rest = slots
-        total = {name: array.copy() for name, array in self._gradients[first].items()}
-        for slot in rest:
-            for name, array in self._gradients[slot].items():
-                total[name] += array
+        """Sum over ``slots``, all that gave gradients, times ``scale``; the batch ends with it."""
+        while self._summed < len(self.plan.slots):
+            self._add_next()
+        assert self._samples == sum(slot.count for slot in slots), "a slot gave no gradients"
         if scale != 1.0:
-            for array in total.values():
+            for array in self._total.values():
                 np.multiply(array, np.float32(scale), out=array)
-        return total
+        return self._total
+
+    def _add_next(self) -> None:
+        """Add the next slot of the plan to the sum, if it has contributed."""
+        slot = self.plan.slots[self._summed]
+        self._summed += 1
+        gradients = self._gradients.pop(slot, None)
+        if gradients is None:
+            return
+        self._samples += slot.count
+        if not self._total:
+            self._total = gradients
+            return
+        for name, array in gradients.items():
+            self._total[name] += array

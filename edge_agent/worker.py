@@ -37,6 +37,7 @@ class Worker:
         # The newest payload and the bundle that it is for, until a range needs it.
         self._weights: tuple[str, bytes] | None = None
         self._permutation: tuple[int, NDArray[np.int64]] | None = None
+        self._batch: tuple[tuple[int, Slot], NDArray[np.float32], NDArray[np.int64]] | None = None
 
     def install(self, bundle: Bundle) -> None:
         """Take a bundle into use; raises ModelError if this device cannot serve it."""
@@ -123,9 +124,16 @@ class Worker:
     def _samples(
         self, allocation: Allocation, slot: Slot
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """The range's samples: the permutation is rebuilt from the seed of (run, epoch)."""
-        if self._permutation is None or self._permutation[0] != allocation.seed:
-            generator = np.random.Generator(np.random.PCG64(allocation.seed))
-            self._permutation = (allocation.seed, generator.permutation(len(self._data.y)))
-        chosen = self._permutation[1][slot.offset : slot.offset + slot.count]
-        return self._data.x[chosen], self._data.y[chosen]
+        """The range's samples, kept from the forward pass for the backward pass."""
+        key = (allocation.seed, slot)
+        if self._batch is None or self._batch[0] != key:
+            chosen = self._permuted(allocation.seed)[slot.offset : slot.offset + slot.count]
+            self._batch = (key, self._data.x[chosen], self._data.y[chosen])
+        return self._batch[1], self._batch[2]
+
+    def _permuted(self, seed: int) -> NDArray[np.int64]:
+        """The device's order of samples, rebuilt from the seed of (run, epoch)."""
+        if self._permutation is None or self._permutation[0] != seed:
+            generator = np.random.Generator(np.random.PCG64(seed))
+            self._permutation = (seed, generator.permutation(len(self._data.y)))
+        return self._permutation[1]

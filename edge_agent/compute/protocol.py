@@ -37,6 +37,7 @@ class ComputeBackend(Protocol):
     def set_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
         """Use these parameters (all of them; buffers may be left out) from now on.
 
+        The arrays become the backend's: the caller does not write to them any more.
         Raises ModelError naming the tensor that is missing, unknown or of another shape.
         """
 

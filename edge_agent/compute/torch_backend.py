@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from wire.bundle import CLIENT_TORCH, Bundle
@@ -61,11 +60,14 @@ class TorchSegment:
         self._kept_BA: torch.Tensor | None = None
 
     def set_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
-        """Take weights by name, in their own types; those absent keep their values."""
+        """Take weights by name, in their own types; those absent keep their values.
+
+        Memory that may be written becomes the segment's own: a copy would be the third of each
+        step's weights.
+        """
         self._kept_BA = None
         for name, array in weights.items():
-            tensor = self._torch.from_numpy(np.array(array))
-            self._weights[name] = tensor.requires_grad_(name in self._parameters)
+            self._weights[name] = self._tensor(array).requires_grad_(name in self._parameters)
 
     def forward(self, x_BX: NDArray[Any]) -> NDArray[Any]:
         """Activations of one micro-batch; nothing is kept."""
