@@ -39,7 +39,7 @@ from coordinator.rounds import Rounds
 from coordinator.trainer import ServerResult, SplitTrainer
 from edge_agent.datasets import LabelledData
 from wire.codec import decode_tensors
-from wire.errors import PeerProtocolError, Refusal, SplitfleetError
+from wire.errors import ModelError, PeerProtocolError, Refusal
 from wire.messages import (
     ActivationsHeader,
     GradientsHeader,
@@ -51,8 +51,8 @@ HEADROOM_BYTES = 16_384  # header, labels' share aside, of one activation messag
 RATE_WINDOW_STEPS = 50
 
 
-class TrainingError(SplitfleetError):
-    """The run cannot go on: the weights have diverged."""
+class TrainingError(ModelError):
+    """The run cannot go on: the weights have diverged, and a restart would find them so again."""
 
 
 class TrainingRun:

@@ -16,6 +16,8 @@ from coordinator.run import TrainingError
 from tests.pairs import Pair, largest_difference, make_samples, train_undivided
 from tests.round_owner import fingerprint
 from wire.codec import Part, decode_tensors, encode_tensors, exact
+from wire.command import exit_code_of
+from wire.exit_codes import ExitCode
 from wire.topics import Channel
 
 SAMPLES = make_samples(a=30, b=25, c=20)
@@ -357,8 +359,11 @@ def test_run_that_has_diverged_ends_with_a_word_on_it(tmp_path: Path) -> None:
     pair = _pair(tmp_path).begin()
     for name in pair.agents:
         _poison(pair, name)
-    with pytest.raises(TrainingError, match=r"the run has diverged \(a smaller optimiser.lr"):
+    with pytest.raises(
+        TrainingError, match=r"the run has diverged \(a smaller optimiser.lr"
+    ) as end:
         pair.train()
+    assert exit_code_of(end.value) is ExitCode.DATA, "a restart finds the same weights"
     assert pair.run.rounds.version == 0
 
 

@@ -14,7 +14,7 @@ class ExitCode(IntEnum):
     OK = 0
     FAILED = 1  # a run that ended without reaching its end; see the last line on stderr
     USAGE = 2  # wrong command line
-    DATA = 65  # EX_DATAERR: a model, bundle or checkpoint that cannot be used
+    DATA = 65  # EX_DATAERR: a model, bundle or checkpoint that cannot be used, diverged weights
     UNAVAILABLE = 69  # EX_UNAVAILABLE: the broker or the state store cannot be reached
     SOFTWARE = 70  # EX_SOFTWARE: a fault of ours
     CONFIG = 78  # EX_CONFIG: bad configuration or data; a restart will not help
