@@ -34,6 +34,8 @@ from wire.segment_graph import (
 TRACED_BATCH = 3
 INPUT = "x"
 OUTPUT = "activations"
+GRAD_OUT = "grad_out"
+GRADIENT_PREFIX = "grad."
 _SCALARS = {
     getattr(operator, name): name
     for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
@@ -137,7 +139,7 @@ def _collect_weights(split: SplitNetwork) -> tuple[dict[str, Tensor], dict[str, 
         kind = str(tensor.dtype).removeprefix("torch.")
         if kind != "float32" and (name in parameters or kind not in _BUFFER_DTYPES):
             raise ModelError(f"network {split.network}: {name}: expected float32, found {kind}")
-        if name in (INPUT, OUTPUT):
+        if name in (INPUT, OUTPUT, GRAD_OUT):
             raise ModelError(f"network {split.network}: {name}: expected another name")
     return parameters, buffers
 

@@ -1,0 +1,212 @@
+"""From a traced segment to the ONNX graph of its backward pass."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import onnx
+import torch
+from torch import fx
+
+from models.backward import convolution, elementwise, normalisation, pooling, shaping
+from models.backward.calls import Call, Pullback, Rule, Term, refusal
+from models.backward.graph import GraphBuilder, Shape
+from models.program import (
+    GRADIENT_PREFIX,
+    GRAD_OUT,
+    INPUT,
+    SegmentProgram,
+    layer_name,
+    output_node,
+    used_nodes,
+)
+
+RULES: dict[str, Rule] = {
+    **elementwise.RULES,
+    **shaping.RULES,
+    **convolution.RULES,
+    **pooling.RULES,
+    **normalisation.RULES,
+}
+_LAYERS = (
+    "one of the layers that docs/networks.md lists (Linear, Conv1d, Conv2d, ConvTranspose2d, "
+    "GroupNorm, LayerNorm, ReLU, GELU, pools, ...)"
+)
+_INSTEAD = {
+    "prelu": "LeakyReLU",
+    "rrelu": "LeakyReLU",
+    "mish": "SiLU",
+    "hardsigmoid": "Sigmoid",
+    "elu": "LeakyReLU or GELU",
+    "selu": "LeakyReLU or GELU",
+    "celu": "LeakyReLU or GELU",
+    "adaptive_max_pool1d": "MaxPool1d",
+    "adaptive_max_pool2d": "MaxPool2d",
+    "lstm": "Conv1d",
+    "gru": "Conv1d",
+    "conv3d": "Conv2d",
+    "rms_norm": "LayerNorm",
+}
+
+
+def derive_backward(program: SegmentProgram, *, opset: int) -> onnx.ModelProto:
+    """The graph (parameters..., buffers..., x, grad_out) -> gradients of the parameters.
+
+    Inputs have the names that the forward graph has, and ``grad_out``; outputs are named
+    ``grad.PARAMETER``. It computes the forward pass again. Raises ModelError naming the layer for
+    which there is no rule.
+    """
+    return _Derivation(program).run(opset)
+
+
+class _Derivation:
+    """The forward pass written once, in order, then its rules' backward passes in reverse."""
+
+    def __init__(self, program: SegmentProgram) -> None:
+        self._program = program
+        self._graph = program.exported.graph_module.graph
+        self._builder = GraphBuilder(reserved=[*program.names, INPUT, GRAD_OUT])
+        self._terms: dict[fx.Node, Term] = {}
+        self._tape: list[tuple[Term, Pullback]] = []
+        self._gradients: dict[str, list[str]] = {}
+
+    def run(self, opset: int) -> onnx.ModelProto:
+        used = used_nodes(self._graph)
+        self._bind_inputs(used)
+        for node in self._graph.nodes:
+            if node in used and node.op == "call_function":
+                self._forward(node)
+        self._backward(self._terms[output_node(self._graph)])
+        return self._finish(opset)
+
+    def _bind_inputs(self, used: set[fx.Node]) -> None:
+        """Placeholders as terms; literal tensors become constants of the graph."""
+        program = self._program
+        signature = program.exported.graph_signature
+        names = dict(zip(signature.user_inputs, [*program.names, INPUT], strict=True))
+        constants = signature.inputs_to_lifted_tensor_constants
+        for node in self._graph.nodes:
+            if node.op != "placeholder" or node not in used:
+                continue
+            if node.name in constants:
+                tensor = program.exported.constants[constants[node.name]]
+                assert isinstance(tensor, torch.Tensor), "a lifted tensor constant is a tensor"
+                value = self._builder.array(tensor.detach().numpy())
+            else:
+                value = names[node.name]
+            trains = node.name in names and value in program.parameters
+            self._terms[node] = Term(
+                key=node.name, value=value, shape=_shape(node), trains=trains
+            )
+
+    def _forward(self, node: fx.Node) -> None:
+        source, index = node, 0
+        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            source, index = node.args[0], int(str(node.args[1]))
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return  # sizes of the batch, or several results: each is taken by its own getitem
+        layer, op = layer_name(source), _operator(source)
+        rule = RULES.get(op)
+        if rule is None:
+            raise refusal(layer, op, "it is not among the layers that have", _advice(op))
+        arguments = self._arguments(source, layer, op)
+        call = Call(op=op, layer=layer, arguments=arguments, shape=_shape(node), index=index)
+        result, pullback = rule(self._builder, call)
+        trains = any(term.trains for term in _terms_of(arguments.values()))
+        term = Term(key=node.name, value=result, shape=call.shape, trains=trains)
+        self._terms[node] = term
+        if trains:
+            self._tape.append((term, pullback))
+
+    def _arguments(self, node: fx.Node, layer: str, op: str) -> dict[str, Any]:
+        """All arguments by the operator's own names, defaults included."""
+        assert isinstance(node.target, torch._ops.OpOverload), "operators of the program are ATen's"
+        found: dict[str, Any] = {}
+        for number, argument in enumerate(node.target._schema.arguments):
+            if number < len(node.args):
+                given: object = node.args[number]
+            else:
+                given = node.kwargs.get(argument.name, argument.default_value)
+            found[argument.name] = self._convert(given, layer, op)
+        return found
+
+    def _convert(self, argument: object, layer: str, op: str) -> object:
+        if isinstance(argument, (list, tuple)):
+            return [self._convert(item, layer, op) for item in argument]
+        if not isinstance(argument, fx.Node):
+            return argument
+        value = argument.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return None
+        if value.dtype != torch.float32:
+            raise refusal(layer, op, f"it takes {value.dtype} values")
+        return self._terms[argument]
+
+    def _backward(self, result: Term) -> None:
+        self._gradients[result.key] = [GRAD_OUT]
+        for term, pullback in reversed(self._tape):
+            grad = self._total(term)
+            if grad is None:
+                continue
+            for source, part in pullback(grad):
+                if source.trains:
+                    self._gradients.setdefault(source.key, []).append(part)
+
+    def _total(self, term: Term) -> str | None:
+        parts = self._gradients.pop(term.key, [])
+        if not parts:
+            return None
+        total = parts[0]
+        for part in parts[1:]:
+            total = self._builder.op("Add", total, part)
+        return total
+
+    def _finish(self, opset: int) -> onnx.ModelProto:
+        program = self._program
+        (samples,) = (node for node in self._terms if self._terms[node].value == INPUT)
+        (result,) = (self._terms[node] for node in [output_node(self._graph)])
+        totals = {
+            term.value: total
+            for node, term in self._terms.items()
+            if node.op == "placeholder" and (total := self._total(term)) is not None
+        }
+        shapes: dict[str, Shape] = {name: tuple(t.shape) for name, t in program.parameters.items()}
+        outputs = {
+            f"{GRADIENT_PREFIX}{name}": (totals.get(name) or self._zeros(shape), shape)
+            for name, shape in shapes.items()
+        }
+        shapes |= {name: tuple(tensor.shape) for name, tensor in program.buffers.items()}
+        shapes |= {INPUT: self._terms[samples].shape, GRAD_OUT: result.shape}
+        return self._builder.finish("client_backward", shapes, outputs, opset)
+
+    def _zeros(self, shape: Shape) -> str:
+        """The gradient of a parameter on which the result does not depend."""
+        return self._builder.op(
+            "Expand", self._builder.scalar(0.0), self._builder.ints([n or 0 for n in shape])
+        )
+
+
+def _shape(node: fx.Node) -> Shape:
+    sizes = node.meta["val"].shape
+    return tuple(size if isinstance(size, int) else None for size in sizes)
+
+
+def _operator(node: fx.Node) -> str:
+    """The operator's name without its overload."""
+    parts = str(node.target).split(".")
+    return parts[1] if parts[0] == "aten" and len(parts) == 3 else str(node.target)
+
+
+def _advice(op: str) -> str:
+    return _INSTEAD.get(op, _LAYERS)
+
+
+def _terms_of(arguments: Iterable[object]) -> Iterator[Term]:
+    for argument in arguments:
+        if isinstance(argument, Term):
+            yield argument
+        elif isinstance(argument, list):
+            yield from _terms_of(argument)

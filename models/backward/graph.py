@@ -1,0 +1,147 @@
+"""An ONNX graph under construction: nodes, constants, pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+Shape = tuple[int | None, ...]
+"""Sizes of a value; None is one that follows the batch."""
+
+_IR_VERSION = 9  # of opset 18's time, so that older runtimes read it too
+
+
+class GraphBuilder:
+    """Collects nodes in the order of use. Values are known by name.
+
+    The same operator on the same values is written once: forward and backward rules can ask for
+    what they need without knowing of each other.
+    """
+
+    def __init__(self, reserved: Collection[str]) -> None:
+        self._reserved = frozenset(reserved)
+        self._nodes: list[onnx.NodeProto] = []
+        self._made: dict[object, tuple[str, ...]] = {}
+        self._constants: dict[str, onnx.TensorProto] = {}
+        self._count = 0
+
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """The result of an operator with one output; an empty input is one left out."""
+        return self.ops(kind, 1, *inputs, **attributes)[0]
+
+    def ops(self, kind: str, outputs: int, *inputs: str, **attributes: Any) -> tuple[str, ...]:
+        """The results of an operator with several outputs."""
+        key = (kind, outputs, inputs, repr(sorted(attributes.items())))
+        if key not in self._made:
+            names = tuple(self._new_name(kind) for _ in range(outputs))
+            self._nodes.append(helper.make_node(kind, inputs, names, **attributes))
+            self._made[key] = names
+        return self._made[key]
+
+    def array(self, values: NDArray[Any]) -> str:
+        """A constant with these values."""
+        key = ("constant", values.dtype.str, values.shape, values.tobytes())
+        if key not in self._made:
+            name = self._new_name("constant")
+            self._constants[name] = numpy_helper.from_array(values, name)
+            self._made[key] = (name,)
+        return self._made[key][0]
+
+    def ints(self, values: Sequence[int]) -> str:
+        """A constant vector of whole numbers: axes, sizes, positions."""
+        return self.array(np.array(values, np.int64))
+
+    def scalar(self, value: float) -> str:
+        """A float32 constant that broadcasts against anything."""
+        return self.array(np.array(value, np.float32))
+
+    def reshape(self, value: str, shape: Shape) -> str:
+        """``value`` in another shape; at most one size may follow the batch."""
+        return self.op("Reshape", value, self.ints([-1 if n is None else n for n in shape]))
+
+    def transpose(self, value: str, order: Sequence[int]) -> str:
+        return self.op("Transpose", value, perm=list(order))
+
+    def slice(
+        self,
+        value: str,
+        axes: Sequence[int],
+        starts: Sequence[int],
+        ends: Sequence[int],
+        steps: Sequence[int] | None = None,
+    ) -> str:
+        vectors = [starts, ends, axes, steps or [1] * len(axes)]
+        return self.op("Slice", value, *(self.ints(vector) for vector in vectors))
+
+    def sum(self, value: str, axes: Sequence[int], *, keep: bool = False) -> str:
+        """Sum over ``axes``, which stay with size 1 if ``keep``."""
+        return self.op("ReduceSum", value, self.ints(axes), keepdims=int(keep))
+
+    def fit(self, value: str, axes: Sequence[int], cuts: Sequence[tuple[int, int]]) -> str:
+        """Cut ``(begin, end)`` entries off each axis; a negative number adds zeros instead."""
+        crop = [(max(0, begin), max(0, end)) for begin, end in cuts]
+        if any(begin or end for begin, end in crop):
+            ends = [-end if end else np.iinfo(np.int64).max for _, end in crop]
+            value = self.slice(value, axes, [begin for begin, _ in crop], ends)
+        grow = [(max(0, -begin), max(0, -end)) for begin, end in cuts]
+        return self.pad(value, axes, grow)
+
+    def pad(
+        self, value: str, axes: Sequence[int], amounts: Sequence[tuple[int, int]], fill: float = 0.0
+    ) -> str:
+        """Add ``(begin, end)`` entries of ``fill`` to each axis."""
+        if not any(begin or end for begin, end in amounts):
+            return value
+        pads = self.ints([begin for begin, _ in amounts] + [end for _, end in amounts])
+        return self.op("Pad", value, pads, self.scalar(fill), self.ints(axes))
+
+    def finish(
+        self, name: str, inputs: dict[str, Shape], outputs: dict[str, tuple[str, Shape]], opset: int
+    ) -> onnx.ModelProto:
+        """The model: float32 inputs by name, outputs as name to value and shape.
+
+        Nodes that no output needs are left out.
+        """
+        renamed = [
+            helper.make_node("Identity", [value], [output])
+            for output, (value, _) in outputs.items()
+        ]
+        nodes = _needed([*self._nodes, *renamed], set(outputs))
+        used = {value for node in nodes for value in node.input}
+        graph = helper.make_graph(
+            nodes,
+            name,
+            [_describe(value, shape) for value, shape in inputs.items()],
+            [_describe(output, shape) for output, (_, shape) in outputs.items()],
+            [tensor for value, tensor in self._constants.items() if value in used],
+        )
+        return helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=_IR_VERSION
+        )
+
+    def _new_name(self, kind: str) -> str:
+        while True:
+            self._count += 1
+            name = f"{kind.lower()}_{self._count}"
+            if name not in self._reserved:
+                return name
+
+
+def _needed(nodes: list[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
+    wanted = set(outputs)
+    kept: list[onnx.NodeProto] = []
+    for node in reversed(nodes):
+        if wanted.intersection(node.output):
+            kept.append(node)
+            wanted.update(node.input)
+    return kept[::-1]
+
+
+def _describe(name: str, shape: Shape) -> onnx.ValueInfoProto:
+    sizes = ["batch" if size is None else size for size in shape]
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes)

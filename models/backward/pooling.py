@@ -1,0 +1,115 @@
+"""Max and average pools.
+
+Legend: B batch, C channels, L the axes behind them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.backward.calls import Call, Pullback, Rule, Term
+from models.backward.graph import GraphBuilder
+from models.backward.shaping import mean_over
+from models.backward.windows import Windows, pool_windows, spatial
+
+
+def _max_pool(g: GraphBuilder, call: Call) -> tuple[str, Pullback]:
+    """Of equal values in a window the first gets the gradient, as in torch."""
+    x = call.term("self")
+    windows = pool_windows(call, x.shape, dilated=True)
+    lowest = float(np.finfo(np.float32).min)
+    padded = windows.padded(g, x.value, fill=lowest)
+    y, positions = g.ops("MaxPool", 2, padded, **windows.attributes())
+
+    def pull(grad: str) -> Iterator[tuple[Term, str]]:
+        spread = _spread_maxima(g, windows, padded, positions, grad)
+        cuts = [(b, max(0, e)) for b, e in zip(windows.begin, windows.end, strict=True)]
+        inner = g.fit(spread, windows.axes, cuts)
+        yield x, g.fit(inner, windows.axes, [(0, min(0, end)) for end in windows.end])
+
+    return y, pull
+
+
+def _spread_maxima(
+    g: GraphBuilder, windows: Windows, padded: str, positions: str, grad: str
+) -> str:
+    """The gradient at the place of each window's largest value; ``positions`` count all values."""
+    shape = g.op("Shape", padded)
+    if windows.disjoint:
+        attributes = {"kernel_shape": list(windows.kernel), "strides": list(windows.stride)}
+        return g.op("MaxUnpool", grad, positions, shape, **attributes)
+    count = g.reshape(g.op("Size", padded), (1,))
+    zeros = g.op("Expand", g.scalar(0.0), count)
+    flat = (g.reshape(value, (None,)) for value in (positions, grad))
+    added = g.op("ScatterElements", zeros, *flat, axis=0, reduction="add")
+    return g.op("Reshape", added, shape)
+
+
+def _avg_pool(g: GraphBuilder, call: Call) -> tuple[str, Pullback]:
+    """Mean over each window of the padded input, then corrected where torch divides otherwise."""
+    x = call.term("self")
+    windows = pool_windows(call, x.shape, dilated=False)
+    correction = _correction(call, windows)
+    attributes = {"kernel_shape": list(windows.kernel), "strides": list(windows.stride)}
+    y = g.op("AveragePool", windows.padded(g, x.value), **attributes)
+
+    def pull(grad: str) -> Iterator[tuple[Term, str]]:
+        share = g.op("Mul", grad, g.array((correction / windows.cells).astype(np.float32)))
+        yield x, _spread_evenly(g, windows, share, x)
+
+    if (correction != 1).any():
+        y = g.op("Mul", y, g.array(correction.astype(np.float32)))
+    return y, pull
+
+
+def _correction(call: Call, windows: Windows) -> NDArray[np.float64]:
+    """Cells of a window over what torch divides by; one number, or one for each window."""
+    sizes = np.ones(())
+    padded = call.arguments["count_include_pad"]
+    rows = (windows.outputs, windows.stride, windows.kernel, windows.begin, windows.inputs)
+    for outputs, stride, kernel, begin, inputs in zip(*rows, strict=True):
+        start = np.arange(outputs) * stride - begin
+        end = np.minimum(start + kernel, inputs + begin)
+        if not padded:
+            start, end = np.maximum(start, 0), np.minimum(end, inputs)
+        sizes = sizes[..., None] * (end - start)
+    divisor = call.arguments.get("divisor_override")
+    correction = np.asarray(windows.cells / (np.full_like(sizes, divisor) if divisor else sizes))
+    same = bool((correction == correction.flat[0]).all())
+    return correction.flat[:1].reshape(()) if same else correction
+
+
+def _spread_evenly(g: GraphBuilder, windows: Windows, share: str, x: Term) -> str:
+    """Each window's value at all its cells, added up where windows overlap."""
+    channels = x.shape[1]
+    if windows.tiles:
+        apart = g.reshape(share, (None, *(n for size in windows.outputs for n in (size, 1))))
+        repeat = [1, *(n for size in windows.kernel for n in (1, size))]
+        tiled = g.op("Expand", apart, g.ints(repeat))
+        sizes = [o * k for o, k in zip(windows.outputs, windows.kernel, strict=True)]
+        whole = g.reshape(tiled, (None, channels, *sizes))
+        return g.fit(whole, windows.axes, list(zip(windows.begin, windows.end, strict=True)))
+    alone = g.reshape(share, (None, 1, *windows.outputs))
+    ones = g.array(np.ones((1, 1, *windows.kernel), np.float32))
+    return g.reshape(windows.scatter(g, alone, ones), x.shape)
+
+
+def _adaptive_avg_pool(g: GraphBuilder, call: Call) -> tuple[str, Pullback]:
+    x = call.term("self")
+    if math.prod(spatial(call, call.shape)) != 1:
+        call.refuse("only an output of one value per channel has one", "AvgPool1d or AvgPool2d")
+    return mean_over(g, call, x, list(range(2, len(x.shape))))
+
+
+RULES: dict[str, Rule] = {
+    "max_pool1d": _max_pool,
+    "max_pool2d": _max_pool,
+    "avg_pool1d": _avg_pool,
+    "avg_pool2d": _avg_pool,
+    "adaptive_avg_pool1d": _adaptive_avg_pool,
+    "adaptive_avg_pool2d": _adaptive_avg_pool,
+}
