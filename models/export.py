@@ -1,22 +1,23 @@
-"""Export of a client segment as a bundle, verified on the spot.
-
-``client_backward.onnx`` will be one more entry of the files, with its own checks.
-"""
+"""Export of a client segment as a bundle, verified on the spot."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Any, Literal
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from models.memory import estimate_memory
-from models.onnx_graph import OPSET, program_to_onnx
+from models.memory import estimate_graph_bytes, estimate_memory
+from models.onnx_graph import OPSET, program_to_onnx, program_to_onnx_backward
 from models.program import SegmentProgram, program_to_graph, trace_program
 from models.split import SplitNetwork, reproducible
-from models.verify import verify_bundle
+from models.verify import CHECK_BYTES, verify_bundle
 from wire.bundle import (
+    CLIENT_BACKWARD,
     CLIENT_FORWARD,
     CLIENT_TORCH,
     WEIGHTS,
@@ -30,10 +31,12 @@ from wire.bundle import (
 from wire.errors import ModelError
 from wire.segment_graph import SegmentGraph, encode_segment_graph
 
+BackwardForm = Literal["onnx", "torch"]
+
 _BATCH_NORMS = ("batch_norm", "_native_batch_norm_legit_no_training")
 _USE_INSTEAD = (
-    "takes its statistics from each device's own batches; use GroupNorm or LayerNorm, "
-    "or freeze the client segment"
+    "takes its statistics from each device's own batches; use GroupNorm or LayerNorm, call eval() "
+    "on the layer to keep its statistics as they are, or freeze the client segment"
 )
 
 
@@ -44,11 +47,18 @@ def export_bundle(
     version: str,
     classes: int,
     frozen: bool = False,
+    backward: BackwardForm = "onnx",
     created: str | None = None,
+    global_batch: int | None = None,
+    samples: NDArray[np.float32] | None = None,
+    check_bytes: int = CHECK_BYTES,
 ) -> bytes:
     """The client segment of ``split`` as a bundle: ONNX, torch form, weights, manifest.
 
-    ``frozen`` segments are run but not trained. ``created`` is a timestamp, now by default.
+    ``frozen`` segments are run but not trained. ``backward`` ``torch`` leaves out the backward
+    graph, for fleets whose devices all have PyTorch. ``created`` is a timestamp, now by default.
+    The forms are compared at small batches and at ``global_batch``, as far as ``check_bytes`` of
+    intermediate values allow, on random numbers and on real ``samples``.
     Raises ModelError naming the layer that a device could not run or train faithfully.
     """
     if split.output_shape != (classes,):
@@ -60,36 +70,51 @@ def export_bundle(
         _check_trainable(split)
     with reproducible():
         program = trace_program(split)
-        graph = program_to_graph(program)
-        if not frozen:
-            _check_graph_trainable(graph, program, split)
-        files = {
-            CLIENT_FORWARD: program_to_onnx(program, _what(split)),
-            CLIENT_TORCH: encode_segment_graph(graph),
-            WEIGHTS: encode_weights({name: t.numpy() for name, t in program.weights.items()}),
-        }
-        manifest = _describe(
-            split,
-            program,
+        files = _files(split, program, frozen=frozen, backward=backward)
+        manifest = Manifest(
             name=name,
             version=version,
             created=created or datetime.now(UTC).isoformat("T", "seconds"),
             classes=classes,
             frozen=frozen,
+            **_describe(split, program, files),
         )
-        checks = verify_bundle(split, Bundle.from_bytes(build_bundle(manifest, files)))
+        bundle = Bundle.from_bytes(build_bundle(manifest, files))
+        checks = verify_bundle(
+            split, bundle, global_batch=global_batch, samples=samples, check_bytes=check_bytes
+        )
     return build_bundle(msgspec.structs.replace(manifest, checks=checks), files)
 
 
-def _what(split: SplitNetwork) -> str:
-    return f"network {split.network}: cut layer {split.cut_layer}: client segment"
+def _files(
+    split: SplitNetwork, program: SegmentProgram, *, frozen: bool, backward: BackwardForm
+) -> dict[str, bytes]:
+    """All files but the manifest; raises ModelError for a segment that cannot be trained."""
+    what = f"network {split.network}: cut layer {split.cut_layer}: client segment"
+    graph = program_to_graph(program)
+    if not frozen:
+        _check_graph_trainable(graph, split, what)
+        if not program.parameters:
+            raise ModelError(f"{what}: no parameter of it trains: freeze it")
+    files = {
+        CLIENT_FORWARD: program_to_onnx(program, what),
+        CLIENT_TORCH: encode_segment_graph(graph),
+        WEIGHTS: encode_weights({name: t.numpy() for name, t in program.weights.items()}),
+    }
+    if not frozen and backward == "onnx":
+        files[CLIENT_BACKWARD] = program_to_onnx_backward(program, what)
+    return files
 
 
 def _check_trainable(split: SplitNetwork) -> None:
     """Raise ModelError for a layer that keeps statistics of batches."""
     for layer_name, layer in split.client.named_modules():
         # InstanceNorm shares the base class and is harmless unless it keeps statistics.
-        if isinstance(layer, _NormBase) and (layer.track_running_stats or _is_batch_norm(layer)):
+        keeps = isinstance(layer, _NormBase) and (
+            layer.track_running_stats or _is_batch_norm(layer)
+        )
+        frozen = layer_name in split.eval_layers and _has_statistics(layer)
+        if keeps and not frozen:
             raise ModelError(f"layer {layer_name}: {type(layer).__name__} {_USE_INSTEAD}")
 
 
@@ -97,48 +122,43 @@ def _is_batch_norm(layer: nn.Module) -> bool:
     return "InstanceNorm" not in type(layer).__name__
 
 
-def _check_graph_trainable(
-    graph: SegmentGraph, program: SegmentProgram, split: SplitNetwork
-) -> None:
-    """Raise ModelError for batch statistics that a function keeps, or if nothing trains."""
+def _has_statistics(layer: nn.Module) -> bool:
+    """Without statistics of its own a layer takes each batch's, in eval mode too."""
+    return getattr(layer, "running_mean", None) is not None
+
+
+def _check_graph_trainable(graph: SegmentGraph, split: SplitNetwork, what: str) -> None:
+    """Raise ModelError for batch statistics that a function keeps."""
     for node in graph.nodes:
-        if node.op.split(".")[1:2] and node.op.split(".")[1] in _BATCH_NORMS:
-            where = f"layer {node.layer}" if node.layer else _what(split)
+        parts = node.op.split(".")
+        if parts[1:2] and parts[1] in _BATCH_NORMS and node.layer not in split.eval_layers:
+            where = f"layer {node.layer}" if node.layer else what
             raise ModelError(f"{where}: batch_norm {_USE_INSTEAD}")
-    if not program.parameters:
-        raise ModelError(f"{_what(split)}: no parameter of it trains: freeze it")
 
 
 def _describe(
-    split: SplitNetwork,
-    program: SegmentProgram,
-    *,
-    name: str,
-    version: str,
-    created: str,
-    classes: int,
-    frozen: bool,
-) -> Manifest:
+    split: SplitNetwork, program: SegmentProgram, files: dict[str, bytes]
+) -> dict[str, Any]:
+    """What the manifest says of the segment itself."""
     memory = estimate_memory(program, split.input_shape)
-    return Manifest(
-        name=name,
-        version=version,
-        created=created,
-        network=split.network,
-        cut_layer=split.cut_layer,
-        classes=classes,
-        frozen=frozen,
-        input=ArraySpec(shape=split.input_shape),
-        activation=ArraySpec(shape=split.activation_shape),
-        parameters=_specs(program.parameters),
-        buffers=_specs({**program.buffers, **program.constants}),
-        opset=OPSET,
-        forward_bytes_per_sample=memory.forward_bytes,
-        backward_bytes_per_sample=memory.backward_bytes,
-        notes=tuple(
+    backward = files.get(CLIENT_BACKWARD)
+    return {
+        "network": split.network,
+        "cut_layer": split.cut_layer,
+        "input": ArraySpec(shape=split.input_shape),
+        "activation": ArraySpec(shape=split.activation_shape),
+        "parameters": _specs(program.parameters),
+        "buffers": _specs({**program.buffers, **program.constants}),
+        "opset": OPSET,
+        "forward_bytes_per_sample": memory.forward_bytes,
+        "backward_bytes_per_sample": memory.backward_bytes,
+        "onnx_backward_bytes_per_sample": (
+            0 if backward is None else estimate_graph_bytes(backward)
+        ),
+        "notes": tuple(
             f"dropout layer {layer} is off in the client segment" for layer in split.removed_dropout
         ),
-    )
+    }
 
 
 def _specs(tensors: dict[str, Tensor]) -> tuple[TensorSpec, ...]:

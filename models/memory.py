@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import onnx
 import torch
 from torch import Tensor, fx
 
 from models.program import SegmentProgram, output_node, used_nodes
+
+_VIEWS = frozenset({"Reshape", "Identity"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,3 +102,47 @@ def _flat_inputs(program: SegmentProgram, x: Tensor) -> list[object]:
         else user_inputs.get(node.name)
         for node in placeholders
     ]
+
+
+def estimate_graph_bytes(model: bytes) -> int:
+    """Bytes per sample of an ONNX graph's intermediate values: the most that is alive at once, if
+    its nodes run in their order. Weights and what does not follow the batch cancel out.
+
+    ONNX Runtime writes some results over their inputs: the estimate is an upper one.
+    """
+    parsed = onnx.load_from_string(model)
+    small, large = (_most_alive(parsed, batch) for batch in (1, 2))
+    return max(1, large - small)
+
+
+def _most_alive(parsed: onnx.ModelProto, batch: int) -> int:
+    sizes = _value_bytes(parsed, batch)
+    nodes = parsed.graph.node
+    shown: dict[str, str] = {}  # what a view is a view of
+    for node in nodes:
+        if node.op_type in _VIEWS:
+            shown[node.output[0]] = shown.get(node.input[0], node.input[0])
+    last_use = {shown.get(name, name): n for n, node in enumerate(nodes) for name in node.input}
+    kept = {shown.get(value.name, value.name) for value in parsed.graph.output}
+    held = most = 0
+    for number, node in enumerate(nodes):
+        held += sum(sizes.get(name, 0) for name in node.output if name not in shown)
+        most = max(most, held)
+        touched = {shown.get(name, name) for name in (*node.input, *node.output)} - kept
+        held -= sum(sizes.get(name, 0) for name in touched if last_use.get(name, 0) <= number)
+    return most
+
+
+def _value_bytes(parsed: onnx.ModelProto, batch: int) -> dict[str, int]:
+    """The size of each value that a node computes."""
+    sized = onnx.ModelProto()
+    sized.CopyFrom(parsed)
+    for value in (*sized.graph.input, *sized.graph.output):
+        for size in value.type.tensor_type.shape.dim:
+            if size.HasField("dim_param"):
+                size.dim_value = batch
+    inferred = onnx.shape_inference.infer_shapes(sized, data_prop=True).graph
+    return {
+        value.name: 4 * math.prod(d.dim_value for d in value.type.tensor_type.shape.dim)
+        for value in inferred.value_info
+    }

@@ -1,4 +1,4 @@
-"""A traced client segment as an ONNX model with its weights as inputs."""
+"""A traced client segment as ONNX models with its weights as inputs: forward, and backward."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import onnx
 import torch
 
+from models.backward import derive_backward
 from models.program import INPUT, OUTPUT, SegmentProgram, quiet
 from wire.errors import ModelError
 
@@ -34,15 +35,24 @@ def program_to_onnx(program: SegmentProgram, what: str) -> bytes:
         cause = exc.__cause__ or exc
         raise ModelError(f"{what}: not exportable to ONNX ({_one_line(cause)})") from exc
     assert exported is not None, "torch.onnx.export with dynamo gives a program"
-    model = exported.model_proto
-    _clean(model)
+    return _serialise(exported.model_proto, "client_forward", what)
+
+
+def program_to_onnx_backward(program: SegmentProgram, what: str) -> bytes:
+    """Serialised ONNX model of the backward pass: the forward graph's inputs and ``grad_out``,
+    outputs ``grad.PARAMETER``. Raises ModelError naming the layer that has no backward pass."""
+    return _serialise(derive_backward(program, opset=OPSET), "client_backward", what)
+
+
+def _serialise(model: Any, name: str, what: str) -> bytes:
+    _clean(model, name)
     _check_plain(model, what)
-    onnx.checker.check_model(model)
+    onnx.checker.check_model(model, full_check=True)
     data: bytes = model.SerializeToString(deterministic=True)
     return data
 
 
-def _clean(model: Any) -> None:
+def _clean(model: Any, name: str) -> None:
     """Take out what names the machine that exported: stack traces, paths, tool versions."""
     model.producer_name = PRODUCER
     model.producer_version = ""
@@ -50,7 +60,7 @@ def _clean(model: Any) -> None:
     model.ClearField("metadata_props")
     graph = model.graph
     graph.doc_string = ""
-    graph.name = "client_forward"
+    graph.name = name
     parts = (graph.node, graph.input, graph.output, graph.initializer, graph.value_info)
     for part in (graph, *(item for group in parts for item in group)):
         part.ClearField("metadata_props")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ class SplitNetwork:
 
     Both segments are in eval mode, with parameters and buffers under the network's own names.
     ``client`` has no dropout left (``removed_dropout`` names it): a device recomputes its forward
-    pass, and must get the same activations.
+    pass, and must get the same activations. ``eval_layers`` names the modules that were in eval
+    mode when the network was handed over: their statistics are meant to stay as they are.
     """
 
     client: fx.GraphModule
@@ -42,6 +43,7 @@ class SplitNetwork:
     activation_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     removed_dropout: tuple[str, ...] = ()
+    eval_layers: frozenset[str] = frozenset()
 
 
 def split_network(
@@ -58,6 +60,7 @@ def split_network(
         shapes = _node_shapes(trace, shape, name)
         try:
             split = _build_split(trace, cut_layer, shape, shapes, name)
+            split = replace(split, eval_layers=_eval_layers(module))
             _check_agreement(trace.module, split)
         except CutError as exc:
             raise ModelError(
@@ -141,6 +144,10 @@ def _build_split(
         output_shape=_sample_shape(shapes, result, "the network's output"),
         removed_dropout=parts.removed_dropout,
     )
+
+
+def _eval_layers(module: nn.Module) -> frozenset[str]:
+    return frozenset(name for name, layer in module.named_modules() if not layer.training)
 
 
 def _find_cut_node(trace: Trace, cut_layer: str) -> fx.Node:

@@ -3,7 +3,7 @@
 The archive is stored (not compressed, so that nothing can swell), with fixed timestamps and sorted
 names: the same parts give the same bytes. ``manifest.json`` lists every other file with its size
 and SHA-256, and ``manifest.sig`` signs the manifest (``wire.signing``).
-``client_backward.onnx`` is kept free for the backward pass without torch.
+``client_backward.onnx`` is there if devices without torch can train the segment.
 """
 
 from __future__ import annotations
@@ -78,12 +78,18 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
-    """A comparison made at export: largest absolute difference, and what was allowed."""
+    """A comparison made at export: how large a difference, and what was allowed.
+
+    ``measure`` is ``largest`` for the largest absolute difference of a value, ``norm`` for the norm
+    of all differences; ``data`` is ``random`` or ``real`` samples.
+    """
 
     what: str
     batch: int
     difference: float
     tolerance: float
+    measure: str = "largest"
+    data: str = "random"
 
 
 class Golden(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,7 +108,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What the bundle holds. Unknown fields are skipped, so that later versions can add some.
 
     ``forward_bytes_per_sample`` and ``backward_bytes_per_sample`` estimate the memory of the
-    intermediate values; micro-batches are cut by them.
+    intermediate values; micro-batches are cut by them. ``onnx_backward_bytes_per_sample`` is the
+    same for ``client_backward.onnx``, 0 without that file. ``opset`` is that of both graphs.
     ``sequence`` grows with every release under one ``name``: a device that has had one refuses
     those before it. ``created`` and ``expires`` are times as in RFC 3339, ``expires`` empty for
     never. ``minimum_agent`` is the oldest agent that can run the bundle, empty for any.
@@ -124,6 +131,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, FileEntry] = {}
     forward_bytes_per_sample: int
     backward_bytes_per_sample: int
+    onnx_backward_bytes_per_sample: int = 0
     sequence: int = 0
     expires: str = ""
     minimum_agent: str = ""

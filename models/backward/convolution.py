@@ -20,16 +20,15 @@ from models.backward.windows import Ints, Windows, spatial
 def _convolution(g: GraphBuilder, call: Call) -> tuple[str, Pullback]:
     x, weight, bias = call.term("input"), call.term("weight"), call.optional("bias")
     windows = _conv_windows(call, x, weight)
-    groups: int = call.arguments["groups"]
     inputs = [x.value, weight.value, *([bias.value] if bias else [])]
     pads = [*windows.begin, *(max(0, end) for end in windows.end)]
-    y = g.op("Conv", *inputs, pads=pads, group=groups, **windows.attributes())
+    y = g.op("Conv", *inputs, pads=pads, group=windows.groups, **windows.attributes())
 
     def pull(grad: str) -> Iterator[tuple[Term, str]]:
         if x.trains:
-            yield x, _input_gradient(g, grad, weight, windows, groups)
+            yield x, _input_gradient(g, grad, weight, windows)
         if weight.trains:
-            yield weight, _weight_gradient(g, x.value, grad, weight, windows, groups)
+            yield weight, _weight_gradient(g, x.value, grad, weight, windows)
         if bias is not None and bias.trains:
             yield bias, g.sum(grad, [0, *windows.axes])
 
@@ -40,8 +39,7 @@ def _conv_transpose(g: GraphBuilder, call: Call) -> tuple[str, Pullback]:
     """Its backward pass is a convolution over the larger side, and the other way round."""
     x, weight, bias = call.term("input"), call.term("weight"), call.optional("bias")
     windows = _transposed_windows(call, x, weight)
-    groups: int = call.arguments["groups"]
-    y = windows.scatter(g, x.value, weight.value, groups)
+    y = windows.scatter(g, x.value, weight.value)
     if bias is not None:
         y = g.op("Add", y, g.reshape(bias.value, (1, bias.shape[0], *[1] * len(windows.axes))))
 
@@ -49,9 +47,9 @@ def _conv_transpose(g: GraphBuilder, call: Call) -> tuple[str, Pullback]:
         if x.trains:
             pads = [*windows.begin, *(max(0, end) for end in windows.end)]
             attributes = windows.attributes()
-            yield x, g.op("Conv", grad, weight.value, pads=pads, group=groups, **attributes)
+            yield x, g.op("Conv", grad, weight.value, pads=pads, group=windows.groups, **attributes)
         if weight.trains:
-            yield weight, _weight_gradient(g, grad, x.value, weight, windows, groups)
+            yield weight, _weight_gradient(g, grad, x.value, weight, windows)
         if bias is not None and bias.trains:
             yield bias, g.sum(grad, [0, *windows.axes])
 
@@ -75,6 +73,7 @@ def _conv_windows(call: Call, x: Term, weight: Term) -> Windows:
         stride=call.sizes("stride", count),
         begin=begin,
         dilation=dilation,
+        groups=call.arguments["groups"],
     )
 
 
@@ -89,35 +88,34 @@ def _transposed_windows(call: Call, x: Term, weight: Term) -> Windows:
         stride=call.sizes("stride", count),
         begin=call.sizes("padding", count),
         dilation=call.sizes("dilation", count),
+        groups=call.arguments["groups"],
     )
     if any(-end >= stride for end, stride in zip(windows.end, windows.stride, strict=True)):
         call.refuse("its output_padding is not below its stride", "a smaller output_padding")
     return windows
 
 
-def _input_gradient(
-    g: GraphBuilder, grad: str, weight: Term, windows: Windows, groups: int
-) -> str:
+def _input_gradient(g: GraphBuilder, grad: str, weight: Term, windows: Windows) -> str:
     """Windows with stride 1: a convolution with the turned kernel; else a transposed one."""
     reach = [d * (k - 1) for d, k in zip(windows.dilation, windows.kernel, strict=True)]
     begin = [r - b for r, b in zip(reach, windows.begin, strict=True)]
     end = [r - e for r, e in zip(reach, windows.end, strict=True)]
     if any(s != 1 for s in windows.stride) or min(begin + end) < 0:
-        return windows.scatter(g, grad, weight.value, groups)
+        return windows.scatter(g, grad, weight.value)
     return g.op(
         "Conv",
         grad,
-        _turned(g, weight, windows, groups),
+        _turned(g, weight, windows),
         pads=begin + end,
-        group=groups,
+        group=windows.groups,
         **windows.attributes(),
     )
 
 
-def _turned(g: GraphBuilder, weight: Term, windows: Windows, groups: int) -> str:
+def _turned(g: GraphBuilder, weight: Term, windows: Windows) -> str:
     """Weights (D, C/G, ...) as (C, D/G, ...), each kernel back to front."""
     outputs, inputs, *kernel = _known(weight)
-    value = weight.value
+    value, groups = weight.value, windows.groups
     count = len(kernel)
     if groups > 1:
         value = g.reshape(value, (groups, outputs // groups, inputs, *kernel))
@@ -131,12 +129,10 @@ def _turned(g: GraphBuilder, weight: Term, windows: Windows, groups: int) -> str
     return g.slice(value, windows.axes, [-1] * count, [before_first] * count, [-1] * count)
 
 
-def _weight_gradient(
-    g: GraphBuilder, image: str, grad: str, weight: Term, windows: Windows, groups: int
-) -> str:
+def _weight_gradient(g: GraphBuilder, image: str, grad: str, weight: Term, windows: Windows) -> str:
     """(D, C/G, ...) from the windows' input (B, C, ...) and the gradient (B, D, ...)."""
-    if groups > 1:
-        return _grouped_weight_gradient(g, image, grad, weight, windows, groups)
+    if windows.groups > 1:
+        return _grouped_weight_gradient(g, image, grad, weight, windows)
     outputs, inputs, *kernel = _known(weight)
     swapped = [1, 0, *windows.axes]
     turned = g.transpose(windows.padded(g, image), swapped)
@@ -150,15 +146,14 @@ def _weight_gradient(
 
 
 def _grouped_weight_gradient(
-    g: GraphBuilder, image: str, grad: str, weight: Term, windows: Windows, groups: int
+    g: GraphBuilder, image: str, grad: str, weight: Term, windows: Windows
 ) -> str:
     """One product of matrices for each group, over all windows of the batch."""
     outputs, inputs, *kernel = _known(weight)
+    groups = windows.groups
     swapped = [1, 0, *windows.axes]
     turned = g.transpose(windows.padded(g, image), swapped)
-    views = [
-        g.reshape(view, (groups, inputs, 1, None)) for view in windows.views(g, turned)
-    ]
+    views = [g.reshape(view, (groups, inputs, 1, None)) for view in windows.views(g, turned)]
     stacked = g.op("Concat", *views, axis=2) if len(views) > 1 else views[0]
     columns = g.reshape(stacked, (groups, inputs * windows.cells, None))
     rows = g.reshape(g.transpose(grad, swapped), (groups, outputs // groups, None))

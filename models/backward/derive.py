@@ -14,8 +14,8 @@ from models.backward import convolution, elementwise, normalisation, pooling, sh
 from models.backward.calls import Call, Pullback, Rule, Term, refusal
 from models.backward.graph import GraphBuilder, Shape
 from models.program import (
-    GRADIENT_PREFIX,
     GRAD_OUT,
+    GRADIENT_PREFIX,
     INPUT,
     SegmentProgram,
     layer_name,
@@ -97,9 +97,7 @@ class _Derivation:
             else:
                 value = names[node.name]
             trains = node.name in names and value in program.parameters
-            self._terms[node] = Term(
-                key=node.name, value=value, shape=_shape(node), trains=trains
-            )
+            self._terms[node] = Term(key=node.name, value=value, shape=_shape(node), trains=trains)
 
     def _forward(self, node: fx.Node) -> None:
         source, index = node, 0

@@ -147,9 +147,7 @@ def _unbroadcast(g: GraphBuilder, grad: str, result: Shape, shape: Shape) -> str
     return g.reshape(g.sum(grad, axes, keep=True), shape) if axes else grad
 
 
-def _binary(
-    kind: str, slopes: Callable[[GraphBuilder, str, Term, Term], tuple[str, str]]
-) -> Rule:
+def _binary(kind: str, slopes: Callable[[GraphBuilder, str, Term, Term], tuple[str, str]]) -> Rule:
     """A rule for an operator of two operands; ``slopes`` gives both gradients, not yet summed."""
 
     def rule(g: GraphBuilder, call: Call) -> tuple[str, Pullback]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from models.backward.calls import Call, Pullback, Rule, Term
 from models.backward.graph import GraphBuilder, Shape
@@ -35,23 +36,40 @@ def _instance_norm(g: GraphBuilder, call: Call) -> tuple[str, Pullback]:
     return _by_groups(g, call, channels)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Groups:
+    """A group norm's forward pass; ``n_CL`` are the normalised values, (B, C, L)."""
+
+    groups: int
+    channels: int
+    length: int
+    weight: Term | None
+    n_CL: str  # noqa: N815 - names carry their shape
+    r_G1: str  # noqa: N815
+
+    def by_group(self, g: GraphBuilder, value: str, batch: int | None = None) -> str:
+        """One value for each channel as (B, G, C/G)."""
+        return g.reshape(value, (batch, self.groups, self.channels // self.groups))
+
+
 def _by_groups(g: GraphBuilder, call: Call, groups: int) -> tuple[str, Pullback]:
     x, weight, bias = call.term("input"), call.optional("weight"), call.optional("bias")
     channels, length = x.shape[1] or 0, math.prod(size or 0 for size in x.shape[2:])
-    each = channels // groups
-    by_channel: Shape = (None, channels, length)
-    n_GM, r_G1 = _normalise(
-        g, g.reshape(x.value, (None, groups, each * length)), each * length, call.arguments["eps"]
-    )
-    n_CL = g.reshape(n_GM, by_channel)
+    size = channels // groups * length
+    flat_GM = g.reshape(x.value, (None, groups, size))
+    n_GM, r_G1 = _normalise(g, flat_GM, size, call.arguments["eps"])
+    n_CL = g.reshape(n_GM, (None, channels, length))
     y_CL = n_CL
     if weight is not None:
         y_CL = g.op("Mul", y_CL, g.reshape(weight.value, (1, channels, 1)))
     if bias is not None:
         y_CL = g.op("Add", y_CL, g.reshape(bias.value, (1, channels, 1)))
+    norm = _Groups(
+        groups=groups, channels=channels, length=length, weight=weight, n_CL=n_CL, r_G1=r_G1
+    )
 
     def pull(grad: str) -> Iterator[tuple[Term, str]]:
-        d_CL = g.reshape(grad, by_channel)
+        d_CL = g.reshape(grad, (None, channels, length))
         sum_C1 = g.sum(d_CL, [2], keep=True)
         sum_n_C1 = g.sum(g.op("Mul", d_CL, n_CL), [2], keep=True)
         if weight is not None and weight.trains:
@@ -59,42 +77,29 @@ def _by_groups(g: GraphBuilder, call: Call, groups: int) -> tuple[str, Pullback]
         if bias is not None and bias.trains:
             yield bias, g.sum(sum_C1, [0, 2])
         if x.trains:
-            sums = (sum_C1, sum_n_C1)
-            dx_CL = _groups_input_gradient(g, d_CL, n_CL, r_G1, sums, weight, groups, by_channel)
+            dx_CL = _groups_input_gradient(g, norm, d_CL, sum_C1, sum_n_C1)
             yield x, g.reshape(dx_CL, x.shape)
 
     return g.reshape(y_CL, x.shape), pull
 
 
 def _groups_input_gradient(
-    g: GraphBuilder,
-    d_CL: str,
-    n_CL: str,
-    r_G1: str,
-    sums: tuple[str, str],
-    weight: Term | None,
-    groups: int,
-    by_channel: Shape,
+    g: GraphBuilder, norm: _Groups, d_CL: str, sum_C1: str, sum_n_C1: str
 ) -> str:
-    """dx from sums over each channel, so that large values are read as seldom as possible."""
-    channels, length = by_channel[1] or 0, by_channel[2] or 0
-    by_group: Shape = (None, groups, channels // groups)
-    r_GE = g.op("Expand", r_G1, g.ints([1, 1, channels // groups]))
-    scale_GE = r_GE
-    if weight is not None:
-        w_GE = g.reshape(weight.value, (1, groups, channels // groups))
-        scale_GE = g.op("Mul", r_G1, w_GE)
-    factor = g.scalar(-1.0 / (channels // groups * length))
-    means = []
-    for sum_C1 in sums:
-        sum_GE = g.reshape(sum_C1, by_group)
-        weighted = sum_GE if weight is None else g.op("Mul", sum_GE, w_GE)
-        mean_G1 = g.op("Mul", g.sum(weighted, [2], keep=True), factor)
-        means.append(g.op("Mul", mean_G1, r_GE))
-    shift_C1, slope_C1, scale_C1 = (
-        g.reshape(part, (None, channels, 1)) for part in (*means, scale_GE)
-    )
-    line_CL = g.op("Add", g.op("Mul", n_CL, slope_C1), shift_C1)
+    """dx = (r w) d + slope n + shift, with one factor of each kind for each channel: the large
+    values are read as seldom as possible."""
+    each = norm.channels // norm.groups
+    r_GE = g.op("Expand", norm.r_G1, g.ints([1, 1, each]))
+    w_GE = None if norm.weight is None else norm.by_group(g, norm.weight.value, batch=1)
+    parts = [r_GE if w_GE is None else g.op("Mul", norm.r_G1, w_GE)]
+    for channel_sum in (sum_n_C1, sum_C1):
+        sum_GE = norm.by_group(g, channel_sum)
+        weighted = sum_GE if w_GE is None else g.op("Mul", sum_GE, w_GE)
+        total_G1 = g.sum(weighted, [2], keep=True)
+        mean_G1 = g.op("Mul", total_G1, g.scalar(-1.0 / (each * norm.length)))
+        parts.append(g.op("Mul", mean_G1, r_GE))
+    scale_C1, slope_C1, shift_C1 = (g.reshape(p, (None, norm.channels, 1)) for p in parts)
+    line_CL = g.op("Add", g.op("Mul", norm.n_CL, slope_C1), shift_C1)
     return g.op("Add", g.op("Mul", d_CL, scale_C1), line_CL)
 
 

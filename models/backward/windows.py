@@ -16,6 +16,7 @@ Ints = tuple[int, ...]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
     """Windows over the axes 2 and up of values shaped (B, C, ...); one entry for each axis.
+    Channels see each other within one of ``groups`` only.
 
     ``inputs`` and ``outputs`` are the sizes before and after. ``begin`` is the padding in front.
     """
@@ -26,6 +27,7 @@ class Windows:
     stride: Ints
     begin: Ints
     dilation: Ints
+    groups: int = 1
 
     @property
     def axes(self) -> list[int]:
@@ -71,12 +73,10 @@ class Windows:
         rows = list(zip(self.dilation, self.outputs, self.stride, strict=True))
         for cell in itertools.product(*(range(size) for size in self.kernel)):
             starts = [n * d for n, (d, _, _) in zip(cell, rows, strict=True)]
-            ends = [
-                start + (o - 1) * s + 1 for start, (_, o, s) in zip(starts, rows, strict=True)
-            ]
+            ends = [start + (o - 1) * s + 1 for start, (_, o, s) in zip(starts, rows, strict=True)]
             yield g.slice(padded, self.axes, starts, ends, list(self.stride))
 
-    def scatter(self, g: GraphBuilder, grad: str, weight: str, groups: int = 1) -> str:
+    def scatter(self, g: GraphBuilder, grad: str, weight: str) -> str:
         """Spread each window's values over its cells with ``weight`` and add up what meets:
         a transposed convolution, of the windows' input size."""
         return g.op(
@@ -85,7 +85,7 @@ class Windows:
             weight,
             pads=[*self.begin, *(max(0, end) for end in self.end)],
             output_padding=[max(0, -end) for end in self.end],
-            group=groups,
+            group=self.groups,
             **self.attributes(),
         )
 
