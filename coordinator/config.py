@@ -24,7 +24,8 @@ class NetworkSettings(Settings, frozen=True, kw_only=True):
     ``name`` is a built-in network or ``module:function``. ``input_shape`` and ``classes`` come
     from ``test_data`` or the first device where they are not given. ``frozen``: the client
     segment keeps its ``initial_weights`` (a safetensors file of the whole network), devices need
-    no backward pass and run ahead.
+    no backward pass and run ahead. ``backward`` is ``onnx`` for a bundle that devices without
+    PyTorch can train, ``torch`` for any layer where all devices that train have PyTorch.
     """
 
     name: str = "cnn2d"
@@ -34,6 +35,7 @@ class NetworkSettings(Settings, frozen=True, kw_only=True):
     classes: int | None = None
     initial_weights: str | None = None
     frozen: bool = False
+    backward: str = "onnx"
 
     def __post_init__(self) -> None:
         shape = self.input_shape
@@ -41,6 +43,8 @@ class NetworkSettings(Settings, frozen=True, kw_only=True):
             raise ValueError(f"expected sizes >= 1 in input_shape, received {list(shape)}")
         if self.classes is not None and self.classes < 2:
             raise ValueError(f"expected classes >= 2, received {self.classes}")
+        if self.backward not in ("onnx", "torch"):
+            raise ValueError(f"expected backward onnx or torch, received {self.backward!r}")
 
 
 class CheckpointSettings(Settings, frozen=True, kw_only=True):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -14,6 +16,7 @@ from coordinator.config import RunSettings
 from models.export import export_bundle
 from models.registry import build_network, default_cut
 from models.split import SplitNetwork, split_network
+from models.verify import CHECK_BYTES
 from wire.bundle import Bundle, bundle_digest
 from wire.errors import ConfigError
 
@@ -51,19 +54,47 @@ def build_split(
     return split_network(module, cut, input_shape, network=network.name)
 
 
-def build_model(
-    settings: RunSettings, *, input_shape: tuple[int, ...], classes: int, source: str
-) -> RunModel:
-    """Build, cut and export; a resumed run finds its bundle in its folder and keeps it."""
-    split = build_split(settings, input_shape=input_shape, classes=classes, source=source)
-    path = settings.directory / BUNDLE_FILE
-    data = export_bundle(
+def export_split(
+    settings: RunSettings,
+    split: SplitNetwork,
+    *,
+    classes: int,
+    samples: NDArray[np.float32] | None,
+    name: str | None = None,
+    version: str = "1",
+    check_bytes: int = CHECK_BYTES,
+) -> bytes:
+    """The client segment as a bundle, as the settings want it, checked on ``samples`` too where
+    they fit it; raises ModelError naming the layer that stands in the way."""
+    fits = samples is not None and samples.shape[1:] == split.input_shape
+    return export_bundle(
         split,
-        name=settings.run,
-        version="1",
+        name=name or settings.run,
+        version=version,
         classes=classes,
         frozen=settings.network.frozen,
+        backward=settings.network.backward,
+        global_batch=settings.global_batch,
+        samples=samples if fits else None,
+        check_bytes=check_bytes,
     )
+
+
+def build_model(
+    settings: RunSettings,
+    *,
+    input_shape: tuple[int, ...],
+    classes: int,
+    source: str,
+    samples: NDArray[np.float32] | None = None,
+) -> RunModel:
+    """Build, cut and export; a resumed run finds its bundle in its folder and keeps it.
+
+    ``samples`` are real ones, (N, *input_shape), to check the bundle with.
+    """
+    split = build_split(settings, input_shape=input_shape, classes=classes, source=source)
+    path = settings.directory / BUNDLE_FILE
+    data = export_split(settings, split, classes=classes, samples=samples)
     bundle = Bundle.from_bytes(data)
     if path.exists():
         kept = path.read_bytes()

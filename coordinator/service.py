@@ -185,7 +185,13 @@ class CoordinatorService:
         """Build network, bundle and run; go on from the checkpoint where there is one."""
         settings = self._settings
         self._check_test_data(input_shape, classes)
-        model = build_model(settings, input_shape=input_shape, classes=classes, source=self._source)
+        model = build_model(
+            settings,
+            input_shape=input_shape,
+            classes=classes,
+            source=self._source,
+            samples=None if self._test_data is None else self._test_data.x,
+        )
         self._offers = BundleOffers(model, self._publish)
         self._run = TrainingRun(
             settings,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,6 +24,7 @@ from wire.bundle import (
     WEIGHTS,
     ArraySpec,
     Bundle,
+    Check,
     Manifest,
     TensorSpec,
     build_bundle,
@@ -30,8 +32,6 @@ from wire.bundle import (
 )
 from wire.errors import ModelError
 from wire.segment_graph import SegmentGraph, encode_segment_graph
-
-BackwardForm = Literal["onnx", "torch"]
 
 _BATCH_NORMS = ("batch_norm", "_native_batch_norm_legit_no_training")
 _USE_INSTEAD = (
@@ -47,7 +47,7 @@ def export_bundle(
     version: str,
     classes: int,
     frozen: bool = False,
-    backward: BackwardForm = "onnx",
+    backward: str = "onnx",
     created: str | None = None,
     global_batch: int | None = None,
     samples: NDArray[np.float32] | None = None,
@@ -55,10 +55,10 @@ def export_bundle(
 ) -> bytes:
     """The client segment of ``split`` as a bundle: ONNX, torch form, weights, manifest.
 
-    ``frozen`` segments are run but not trained. ``backward`` ``torch`` leaves out the backward
-    graph, for fleets whose devices all have PyTorch. ``created`` is a timestamp, now by default.
-    The forms are compared at small batches and at ``global_batch``, as far as ``check_bytes`` of
-    intermediate values allow, on random numbers and on real ``samples``.
+    ``frozen`` segments are run but not trained. ``backward`` is ``onnx``, or ``torch`` to leave out
+    the backward graph for a fleet whose devices all have PyTorch. ``created`` is a timestamp, now
+    by default. The forms are compared at small batches and at ``global_batch``, as far as
+    ``check_bytes`` of intermediate values allow, on random numbers and on real ``samples``.
     Raises ModelError naming the layer that a device could not run or train faithfully.
     """
     if split.output_shape != (classes,):
@@ -83,11 +83,12 @@ def export_bundle(
         checks = verify_bundle(
             split, bundle, global_batch=global_batch, samples=samples, check_bytes=check_bytes
         )
-    return build_bundle(msgspec.structs.replace(manifest, checks=checks), files)
+    notes = (*manifest.notes, *_shortfall(checks, global_batch))
+    return build_bundle(msgspec.structs.replace(manifest, checks=checks, notes=notes), files)
 
 
 def _files(
-    split: SplitNetwork, program: SegmentProgram, *, frozen: bool, backward: BackwardForm
+    split: SplitNetwork, program: SegmentProgram, *, frozen: bool, backward: str
 ) -> dict[str, bytes]:
     """All files but the manifest; raises ModelError for a segment that cannot be trained."""
     what = f"network {split.network}: cut layer {split.cut_layer}: client segment"
@@ -155,10 +156,22 @@ def _describe(
         "onnx_backward_bytes_per_sample": (
             0 if backward is None else estimate_graph_bytes(backward)
         ),
-        "notes": tuple(
-            f"dropout layer {layer} is off in the client segment" for layer in split.removed_dropout
-        ),
+        "notes": tuple(_notes(split)),
     }
+
+
+def _notes(split: SplitNetwork) -> Iterator[str]:
+    for layer in split.removed_dropout:
+        yield f"dropout layer {layer} is off in the client segment"
+    for name, layer in split.client.named_modules():
+        if isinstance(layer, _NormBase) and layer.track_running_stats:
+            yield f"{type(layer).__name__} layer {name} keeps its statistics as they are"
+
+
+def _shortfall(checks: tuple[Check, ...], global_batch: int | None) -> Iterator[str]:
+    largest = max(check.batch for check in checks)
+    if global_batch is not None and largest < global_batch:
+        yield f"compared at batches up to {largest}, not at the global batch {global_batch}"
 
 
 def _specs(tensors: dict[str, Tensor]) -> tuple[TensorSpec, ...]:

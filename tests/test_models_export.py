@@ -80,7 +80,7 @@ def test_manifest_records_what_was_checked(mlp_bundle: Bundle) -> None:
     done = {(check.what, check.batch) for check in checks}
     assert done == {
         (what, batch)
-        for what in ("onnx-forward", "torch-forward", "torch-backward")
+        for what in ("onnx-forward", "torch-forward", "torch-backward", "onnx-backward")
         for batch in (1, 3, 5)
     }
     assert all(check.difference <= check.tolerance for check in checks)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from coordinator.config import RunSettings
     from wire.bundle import Bundle, Manifest, TensorSpec
 
+# Of intermediate values while the bundle is checked; a run's start takes less.
+_CHECK_BYTES = 2 * 1024**3
+_MEASURES = {"largest": "off by", "norm": "off by the norm"}
+
 
 def export(
     config: Annotated[
@@ -37,6 +41,13 @@ def export(
     classes: Annotated[int | None, typer.Option(help="Number of classes.")] = None,
     frozen: Annotated[
         bool | None, typer.Option("--frozen/--trained", help="Whether devices train the segment.")
+    ] = None,
+    backward: Annotated[
+        str | None,
+        typer.Option(
+            metavar="onnx|torch",
+            help="onnx: devices without PyTorch can train it too; torch: all need PyTorch.",
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the initial weights.")] = None,
     name: Annotated[str | None, typer.Option(help="The bundle's name.")] = None,
@@ -58,7 +69,7 @@ def export(
 
     Example: coordinator export --network cnn2d --input-shape 1,28,28 --classes 10 --out c.bundle
     """
-    settings, source = _settings(config, network, cut, input_shape, classes, frozen, seed)
+    settings, source = _settings(config, network, cut, input_shape, classes, frozen, backward, seed)
     shape, number = _shape_and_classes(settings, source)
     if list_cuts:
         _list_cuts(settings, shape, number, as_json=as_json)
@@ -80,6 +91,7 @@ def _settings(
     input_shape: str | None,
     classes: int | None,
     frozen: bool | None,
+    backward: str | None,
     seed: int | None,
 ) -> tuple[RunSettings, str]:
     """The file's settings, or the defaults, with the flags in place; and what to blame."""
@@ -95,6 +107,7 @@ def _settings(
         "network.input_shape": None if input_shape is None else _parse_shape(input_shape),
         "network.classes": classes,
         "network.frozen": frozen,
+        "network.backward": backward,
         "seed": seed,
     }
     return override(settings, flags, source=source), source
@@ -168,16 +181,21 @@ def _build(
     name: str | None,
     version: str,
 ) -> bytes:
-    from coordinator.model import build_split
-    from models.export import export_bundle
+    from coordinator.model import build_split, export_split
+    from edge_agent.datasets import load_data
 
     split = build_split(settings, input_shape=shape, classes=classes, source=source)
-    return export_bundle(
+    samples = None
+    if settings.test_data is not None:
+        samples = load_data(settings.test_data, source=source, field="$.test_data").x
+    return export_split(
+        settings,
         split,
-        name=name or settings.run,
-        version=version,
         classes=classes,
-        frozen=settings.network.frozen,
+        samples=samples,
+        name=name,
+        version=version,
+        check_bytes=_CHECK_BYTES,
     )
 
 
@@ -221,6 +239,12 @@ def _facts(bundle: Bundle, size_bytes: int) -> list[tuple[str, str]]:
     trained = "frozen: devices run it" if manifest.frozen else "trained on the devices"
     memory = (manifest.forward_bytes_per_sample, manifest.backward_bytes_per_sample)
     forward, backward = (format_bytes(size) for size in memory)
+    if manifest.onnx_backward_bytes_per_sample:
+        on_onnx = format_bytes(manifest.onnx_backward_bytes_per_sample)
+        trained += ", with or without PyTorch"
+        backward += f" on PyTorch, {on_onnx} on ONNX Runtime"
+    elif not manifest.frozen:
+        trained += ", which all need PyTorch"
     facts = [
         ("bundle", f"{manifest.name} version {manifest.version}, {format_bytes(size_bytes)}"),
         ("digest", f"sha256 {bundle.digest}"),
@@ -230,7 +254,7 @@ def _facts(bundle: Bundle, size_bytes: int) -> list[tuple[str, str]]:
         ("activation", f"{_shape_text(manifest.activation.shape)} {manifest.activation.dtype}"),
         ("parameters", _count_text(manifest.parameters)),
         ("buffers", _count_text(manifest.buffers)),
-        ("memory a sample", f"{forward} forward, {backward} with backward (estimate)"),
+        ("memory a sample", f"{forward} forward, with backward {backward} (estimate)"),
         ("ONNX opset", str(manifest.opset)),
     ]
     return facts + _parts(manifest)
@@ -245,8 +269,8 @@ def _parts(manifest: Manifest) -> list[tuple[str, str]]:
         for name, entry in manifest.files.items()
     ]
     checks = [
-        f"{check.what}, batch {check.batch}: off by {check.difference:.2g}, "
-        f"allowed {check.tolerance:.2g}"
+        f"{check.what}, batch {check.batch}, {check.data} samples: {_MEASURES[check.measure]} "
+        f"{check.difference:.2g}, allowed {check.tolerance:.2g}"
         for check in manifest.checks
     ]
     named = (("files", files), ("checks", checks), ("notes", list(manifest.notes)))

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from models.backward.calls import Call, Pullback, Rule, Term
 from models.backward.graph import GraphBuilder, Shape
 
+_NO_END = 2**63 - 1  # what x[a:] becomes
+
 
 def _linear(g: GraphBuilder, call: Call) -> tuple[str, Pullback]:
     x, weight, bias = call.term("input"), call.term("weight"), call.optional("bias")
@@ -105,7 +107,9 @@ def _slice(g: GraphBuilder, call: Call) -> tuple[str, Pullback]:
     x = call.term("self")
     axis = call.arguments["dim"] % len(x.shape)
     whole = x.shape[axis]
-    start = call.arguments["start"] or 0
+    start, end = call.arguments["start"] or 0, call.arguments["end"]
+    if start == 0 and call.arguments["step"] == 1 and end in (None, _NO_END):
+        return x.value, lambda grad: [(x, grad)]
     if call.arguments["step"] != 1 or whole is None or not isinstance(start, int):
         call.refuse("only a range of features, without steps, can be taken")
     start = min(max(0, start + whole if start < 0 else start), whole)

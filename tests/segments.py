@@ -1,0 +1,107 @@
+"""Segments of any layers, cut off a network, and their backward graph against autograd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from models.onnx_graph import program_to_onnx_backward
+from models.program import SegmentProgram, trace_program
+from models.split import SplitNetwork, reproducible, split_network
+from tests.user_networks import TwoLayers
+
+# Of the largest gradient. Both engines compute in float32 and add up in another order.
+TOLERANCE = 1e-4
+
+
+class Residual(nn.Module):
+    """A block and a way round it."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.body(x)
+        return x + h
+
+
+class Concatenation(nn.Module):
+    """Blocks side by side, their channels joined."""
+
+    def __init__(self, *branches: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([branch(x) for branch in self.branches], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Derived:
+    """A segment, its trace and the session of its backward graph."""
+
+    split: SplitNetwork
+    program: SegmentProgram
+    graph: bytes
+    session: onnxruntime.InferenceSession
+
+    def gradients(self, x: Tensor, grad: Tensor) -> dict[str, NDArray[np.float32]]:
+        """By parameter, from the graph."""
+        weights = zip(self.program.names, self.program.tensors, strict=True)
+        feeds = {name: tensor.numpy() for name, tensor in weights}
+        results = self.session.run(None, {**feeds, "x": x.numpy(), "grad_out": grad.numpy()})
+        names = [entry.name for entry in self.session.get_outputs()]
+        return dict(zip(names, results, strict=True))
+
+    def expected(self, x: Tensor, grad: Tensor) -> dict[str, NDArray[np.float32]]:
+        """By parameter, from autograd."""
+        names = list(self.program.parameters)
+        parameters = [self.split.client.get_parameter(name) for name in names]
+        gradients = torch.autograd.grad(
+            self.split.client(x), parameters, grad, materialize_grads=True
+        )
+        return {f"grad.{n}": g.numpy() for n, g in zip(names, gradients, strict=True)}
+
+
+def split_body(body: nn.Module, shape: tuple[int, ...]) -> SplitNetwork:
+    """A network whose client segment is ``body``."""
+    modes = {layer: layer.training for layer in body.modules()}
+    with torch.no_grad():
+        features = body.eval()(torch.zeros(2, *shape)).flatten(1).shape[1]
+    for layer, training in modes.items():
+        layer.training = training
+    return split_network(TwoLayers(body, features), "body", shape)
+
+
+def derive(split: SplitNetwork) -> Derived:
+    with reproducible():
+        program = trace_program(split)
+    graph = program_to_onnx_backward(program, "segment")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return Derived(split, program, graph, session)
+
+
+def assert_same_gradients(split: SplitNetwork, batches: tuple[int, ...] = (1, 4)) -> Derived:
+    """Compare at batch sizes other than the traced one (3), value by value."""
+    derived = derive(split)
+    for batch in batches:
+        torch.manual_seed(batch)
+        x = torch.randn(batch, *split.input_shape)
+        grad = torch.randn(batch, *split.activation_shape)
+        received, expected = derived.gradients(x, grad), derived.expected(x, grad)
+        assert received.keys() == expected.keys()
+        largest = max(float(np.abs(gradient).max()) for gradient in expected.values())
+        for name, gradient in expected.items():
+            assert received[name].shape == gradient.shape
+            np.testing.assert_allclose(
+                received[name], gradient, rtol=0, atol=TOLERANCE * max(largest, 1e-2), err_msg=name
+            )
+    return derived
