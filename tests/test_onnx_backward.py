@@ -135,7 +135,7 @@ class Shapes(nn.Module):
         self.first = nn.Linear(6, 8)
         self.norm = nn.LayerNorm(4)
         self.scale = nn.Parameter(torch.rand(4))
-        self.unused = nn.Parameter(torch.rand(2))
+        self.held = nn.Parameter(torch.rand(4))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x).reshape(x.shape[0], -1, 2, 4).transpose(1, 2)
@@ -143,13 +143,13 @@ class Shapes(nn.Module):
         h = torch.cat([left * 2, right - left / 3], dim=3)
         h = self.norm(h).permute(0, 3, 1, 2).flatten(1)
         h = nn.functional.pad(h, (1, 2))[:, 1:-2].unflatten(1, (-1, 4))
-        return (h * self.scale + h.mean(dim=1, keepdim=True)).squeeze(1)
+        return (h * self.scale * self.held.detach() + h.mean(dim=1, keepdim=True)).squeeze(1)
 
 
 def test_values_moved_about_take_their_gradients_along() -> None:
     derived = assert_same_gradients(split_body(Shapes(), (5, 6)))
     x, grad = torch.randn(2, 5, 6), torch.randn(2, *derived.split.activation_shape)
-    assert not derived.gradients(x, grad)["grad.body.unused"].any()
+    assert not derived.gradients(x, grad)["grad.body.held"].any()
 
 
 def test_blocks_beside_and_round_each_other() -> None:
