@@ -1,8 +1,9 @@
-"""The command ``edge-agent``: run · check."""
+"""The command ``edge-agent``: run · check · bench."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -11,7 +12,6 @@ import typer
 from edge_agent.config import AgentSettings, load_agent_settings
 from wire import __version__
 from wire.command import configure_logging, run_command, stop_on_signals
-from wire.exit_codes import ExitCode
 
 app = typer.Typer(
     name="edge-agent",
@@ -29,6 +29,10 @@ IndexOption = Annotated[
     typer.Option(help="Part of a shared file (data.partition.index), instead of the file's."),
 ]
 PortOption = Annotated[int | None, typer.Option(help="Broker port, instead of the file's.")]
+BundleOption = Annotated[
+    Path | None,
+    typer.Option(help="A bundle (client.bundle of a run, or of coordinator export)."),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -75,23 +79,56 @@ def check(
     host: HostOption = None,
     port: PortOption = None,
     index: IndexOption = None,
+    bundle: BundleOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check settings, data, backends and the broker, without training.
 
+    Says what runs the backward pass and why, and what the bundle that was used last, or the one of
+    --bundle, costs here. Ends with 65 if that bundle cannot be used, 69 if the broker does not
+    answer.
+
     Example: edge-agent check -c configs/agent.yaml
     """
     settings = _load(config, device, host, port, index)
-    from edge_agent.start import check_device
+    from edge_agent.checking import check_device, check_lines, exit_code_of
 
-    report = check_device(settings, source=config)
+    report = check_device(settings, source=config, bundle_path=bundle)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
-        for name, value in report.items():
-            typer.echo(f"{name:<22} {value}")
-    if not report["broker_reachable"]:
-        raise typer.Exit(ExitCode.UNAVAILABLE)
+        for name, found in check_lines(report):
+            typer.echo(f"{name:<20} {found}")
+    raise typer.Exit(exit_code_of(report))
+
+
+@app.command()
+def bench(
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "-c", "--config", help="The agent's YAML file: threads, memory, its last bundle."
+        ),
+    ] = None,
+    bundle: BundleOption = None,
+    batch: Annotated[
+        list[int], typer.Option(min=1, help="Samples in a step; may be given several times.")
+    ] = [1, 8, 32, 128],  # noqa: B006 - typer's way to say a default list
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Turns of each backend at each batch size.")
+    ] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a bundle's step on every backend that is installed: time and memory.
+
+    Each backend is a process of its own; they take turns. Needs no broker and no samples.
+
+    Example: edge-agent bench --bundle runs/lab/client.bundle --batch 8 --batch 32
+    """
+    from edge_agent.benching import run_bench
+
+    settings = None if config is None else load_agent_settings(config)
+    run_bench(settings, bundle, batch, rounds=rounds, as_json=as_json)
 
 
 def main() -> None:

@@ -8,8 +8,6 @@ the service manager starts a whole one.
 from __future__ import annotations
 
 import logging
-import resource
-import sys
 import threading
 import time
 from collections import Counter
@@ -17,6 +15,7 @@ from collections import Counter
 from edge_agent.bundles import BootCounter, BundleCache, Download
 from edge_agent.config import AgentSettings
 from edge_agent.datasets import LabelledData
+from edge_agent.measuring.memory import peak_rss_bytes
 from edge_agent.session import SendActivations, SendGradients, Session
 from edge_agent.worker import Worker
 from wire import __version__
@@ -334,13 +333,11 @@ class AgentDaemon:
             notify_watchdog()
 
     def _telemetry(self) -> Telemetry:
-        # Linux counts the peak in KiB, macOS in bytes.
-        unit = 1 if sys.platform == "darwin" else 1024
         return Telemetry(
             boot=self._boot,
             refused=dict(self._refused),
             steps=self._answers,
             bytes_up=self._connection.bytes_sent,
             bytes_down=self._connection.bytes_received,
-            rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+            rss_bytes=peak_rss_bytes(),
         )

@@ -5,12 +5,14 @@ The backward graph of these bundles is written by hand, so that what is tested i
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -151,7 +153,7 @@ def test_weights_at_an_odd_address_of_a_message_are_taken(bundle: Bundle) -> Non
 def test_micro_batches_give_what_the_whole_batch_gives(
     bundle: Bundle, samples_that_fit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit = samples_that_fit * bundle.manifest.backward_bytes_per_sample
+    limit = samples_that_fit * bundle.manifest.onnx_backward_bytes_per_sample
     backend = loaded(bundle, max_batch_bytes=limit)
     sizes = backward_sizes(backend, monkeypatch)
     x, grad = batch(20)
@@ -176,17 +178,35 @@ def backward_sizes(backend: ComputeBackend, monkeypatch: pytest.MonkeyPatch) -> 
     return sizes
 
 
+@pytest.mark.parametrize(
+    ("samples_of_a_pass", "expected"),
+    [
+        (40, [33, 33, 34]),
+        (1, [25, 25, 25, 25]),  # four times the parameters' size: 28 samples
+    ],
+)
 def test_passes_stay_small_even_where_memory_allows_more(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle,
+    samples_of_a_pass: int,
+    expected: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    per_sample = bundle.manifest.backward_bytes_per_sample
-    parameter_bytes = 4 * (FEATURES * HIDDEN + HIDDEN)
-    monkeypatch.setattr(segment_module, "_ONNX_PASS_BYTES", 8 * per_sample)
-    assert 4 * parameter_bytes < 8 * per_sample, "the case is about the other limit"
+    per_sample = bundle.manifest.onnx_backward_bytes_per_sample
+    assert per_sample == 20
+    monkeypatch.setattr(segment_module, "_ONNX_PASS_BYTES", samples_of_a_pass * per_sample)
     backend = loaded(bundle, max_batch_bytes=1 << 30)
     sizes = backward_sizes(backend, monkeypatch)
-    backend.backward(*batch(20))
-    assert sizes == [6, 7, 7]
+    backend.backward(*batch(100))
+    assert sizes == expected
+
+
+def test_bundle_that_does_not_say_what_its_backward_graph_takes_is_cut_by_torch_s_estimate(
+    bundle: Bundle,
+) -> None:
+    manifest = msgspec.structs.replace(bundle.manifest, onnx_backward_bytes_per_sample=0)
+    old = dataclasses.replace(bundle, manifest=manifest)
+    backend = loaded(old, max_batch_bytes=9 * manifest.backward_bytes_per_sample)
+    assert backend.backward_pass_samples == 9
 
 
 def test_empty_batch_has_zero_gradients(bundle: Bundle) -> None:

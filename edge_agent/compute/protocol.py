@@ -28,6 +28,14 @@ class ComputeBackend(Protocol):
     def can_backward(self) -> bool:
         """Whether this device can train a client segment; known before a bundle is loaded."""
 
+    @property
+    def forward_pass_samples(self) -> int | None:
+        """Samples that go through the loaded bundle's forward pass at once; None: any number."""
+
+    @property
+    def backward_pass_samples(self) -> int | None:
+        """Samples that go through its backward pass at once; None: any number."""
+
     def load(self, bundle: Bundle) -> None:
         """Get ready to run ``bundle`` with its initial weights; replaces an earlier one.
 
