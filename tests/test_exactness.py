@@ -6,6 +6,7 @@ The reference is a plain torch loop that knows nothing of the project but the wr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from models.registry import build_network
 from tests.fleet import Fleet, running_fleet
 
 pytestmark = [pytest.mark.broker, pytest.mark.processes]
+
+Backend = tuple[str, str]  # what runs the segment forward, and backward
 
 DEVICES = 3
 STEPS = 50
@@ -46,13 +49,16 @@ def _parts() -> dict[str, tuple[NDArray[np.float32], NDArray[np.int64]]]:
     }
 
 
-def _train_fleet(fleet: Fleet, optimiser: dict[str, Any], forward: str, precision: str) -> None:
-    for device, (x, y) in _parts().items():
+def _train_fleet(
+    fleet: Fleet, optimiser: dict[str, Any], backends: Sequence[Backend], precision: str
+) -> None:
+    agents = {}
+    for (device, (x, y)), (forward, backward) in zip(_parts().items(), backends, strict=True):
         path = fleet.write_data(device, x, y)
-        fleet.agent(
+        agents[device] = fleet.agent(
             device,
             {"npz": {"path": path}, "classes": 10},
-            compute={"forward": forward, "backward": "torch"},
+            compute={"forward": forward, "backward": backward},
         )
     coordinator = fleet.coordinator(
         network={"name": "cnn2d", "cut": "block2", "input_shape": [1, 8, 8], "classes": 10},
@@ -66,6 +72,10 @@ def _train_fleet(fleet: Fleet, optimiser: dict[str, Any], forward: str, precisio
         deadline={"min_s": 30},
     )
     assert coordinator.wait() == 0, fleet.last_words()
+    for agent, (_, backward) in zip(agents.values(), backends, strict=True):
+        assert agent.popen is not None
+        loaded = Path(f"/proc/{agent.popen.pid}/maps").read_text()
+        assert ("libtorch" in loaded) == (backward == "torch")
 
 
 def _fleet_weights(fleet: Fleet) -> dict[str, torch.Tensor]:
@@ -117,14 +127,19 @@ MOMENTUM = {"name": "sgd", "lr": 0.02, "momentum": 0.9}
 ADAM = {"name": "adam", "lr": 1e-3}
 
 
+TORCH: Backend = ("torch", "torch")
+BOTH: Backend = ("onnxruntime", "torch")
+ONNX: Backend = ("auto", "onnxruntime")
+
+
 @pytest.mark.parametrize(
-    ("optimiser", "forward", "tolerance"),
+    ("optimiser", "backends", "tolerance"),
     [
-        pytest.param(SGD, "torch", 1e-5, id="sgd-torch"),
-        pytest.param(MOMENTUM, "torch", 1e-5, id="momentum-torch"),
-        pytest.param(SGD, "onnxruntime", 1e-4, id="sgd-onnxruntime"),
-        pytest.param(MOMENTUM, "onnxruntime", 1e-4, id="momentum-onnxruntime"),
-        pytest.param(ADAM, "onnxruntime", 1e-3, id="adam-onnxruntime"),
+        pytest.param(SGD, [TORCH] * 3, 1e-5, id="sgd-torch"),
+        pytest.param(MOMENTUM, [BOTH] * 3, 1e-4, id="momentum-onnxruntime-forward"),
+        pytest.param(ADAM, [BOTH] * 3, 1e-3, id="adam-onnxruntime-forward"),
+        pytest.param(MOMENTUM, [ONNX] * 3, 1e-4, id="momentum-onnxruntime"),
+        pytest.param(SGD, [ONNX, TORCH, BOTH], 1e-4, id="sgd-mixed"),
     ],
 )
 def test_fp32_fleet_equals_the_undivided_network_after_50_steps(
@@ -132,11 +147,11 @@ def test_fp32_fleet_equals_the_undivided_network_after_50_steps(
     shared_mosquitto: EmbeddedBroker,
     fleet: str,
     optimiser: dict[str, Any],
-    forward: str,
+    backends: list[Backend],
     tolerance: float,
 ) -> None:
     with running_fleet(tmp_path, shared_mosquitto.port, fleet) as processes:
-        _train_fleet(processes, optimiser, forward, "fp32")
+        _train_fleet(processes, optimiser, backends, "fp32")
         steps = processes.steps()
         assert len(steps) == STEPS
         losses, reference = _train_undivided(processes, optimiser)
