@@ -16,6 +16,8 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
+from wire.credentials import SCHEME as CREDENTIAL_SCHEME
+from wire.credentials import read_secret
 from wire.errors import ConfigError, ModelError, TransportError
 
 if TYPE_CHECKING:
@@ -63,10 +65,13 @@ def open_store(
 ) -> StateStore:
     """Open ``sqlite:///relative``, ``sqlite:////absolute`` or ``redis[s]://host:port/db``.
 
+    ``credential:NAME`` is a file that holds such a URL: one with a password is a secret.
     Without ``create`` a missing SQLite file is an error, for commands that only look. Raises
     ConfigError for a URL or file that cannot be a store, naming ``source`` and ``field``;
     TransportError when Redis does not answer or the file stays locked.
     """
+    if url.startswith(CREDENTIAL_SCHEME):
+        url = read_secret(url, field=field)
     try:
         scheme = urlsplit(url).scheme
         if scheme == "sqlite":

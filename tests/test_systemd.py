@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from wire.credentials import DIRECTORY_ID
 from wire.exit_codes import ExitCode
 
 ROOT = Path(__file__).parent.parent
 UNITS = sorted((ROOT / "systemd").glob("*.service"))
+TORCH = ROOT / "systemd" / "edge-agent@.service.d" / "torch.conf"
 VERIFY = ROOT / "scripts" / "lib" / "verify_units.sh"
 
 NO_USE_TO_RESTART = {ExitCode.USAGE, ExitCode.DATA, ExitCode.CONFIG}
@@ -62,16 +64,37 @@ def test_no_start_limit_gives_up_on_a_long_outage(unit: Path) -> None:
     assert float(value_of(unit, "Service", "RestartSec")) >= 5
 
 
+def test_secrets_come_from_a_folder_that_only_root_reads() -> None:
+    assert [value_of(unit, "Service", "LoadCredential") for unit in UNITS] == [
+        f"{DIRECTORY_ID}:/etc/splitfleet/credentials/coordinator",
+        f"{DIRECTORY_ID}:/etc/splitfleet/credentials/agents/%i",
+    ]
+
+
+@pytest.mark.parametrize("unit", [UNITS[1], TORCH], ids=lambda unit: unit.name)
+def test_agent_leaves_a_board_with_1_gb_room_to_live(unit: Path) -> None:
+    high = int(value_of(unit, "Service", "MemoryHigh").removesuffix("M"))
+    most = int(value_of(unit, "Service", "MemoryMax").removesuffix("M"))
+    assert high < most <= 704
+
+
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_service_reports_its_progress(unit: Path) -> None:
     assert value_of(unit, "Service", "Type") == "notify"
     assert float(value_of(unit, "Service", "WatchdogSec")) >= 30
 
 
+def test_writable_code_is_denied_only_where_torch_does_not_run() -> None:
+    coordinator, agent = (dict(settings_of(unit)["Service"]) for unit in UNITS)
+    torch = dict(settings_of(TORCH)["Service"])
+    assert "MemoryDenyWriteExecute" not in coordinator
+    assert agent["MemoryDenyWriteExecute"] == "yes"
+    assert torch["MemoryDenyWriteExecute"] == "no"
+
+
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
-def test_nothing_forbids_what_torch_and_onnxruntime_need(unit: Path) -> None:
+def test_nothing_forbids_setting_thread_affinity(unit: Path) -> None:
     service = settings_of(unit)["Service"]
-    assert "MemoryDenyWriteExecute" not in dict(service)
     denied = [value for key, value in service if key == "SystemCallFilter" and value[0] == "~"]
     assert not any("@resources" in value for value in denied)
 
@@ -79,7 +102,21 @@ def test_nothing_forbids_what_torch_and_onnxruntime_need(unit: Path) -> None:
 def test_units_pass_the_check() -> None:
     result = verify(*UNITS)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert len(result.stdout.splitlines()) == len(UNITS)
+    assert [line.partition(":")[0] for line in result.stdout.splitlines()] == [
+        "coordinator.service",
+        "edge-agent@.service",
+        "edge-agent@.service+torch.conf",
+    ]
+
+
+def test_check_fails_on_a_drop_in_that_opens_the_unit(tmp_path: Path) -> None:
+    unit = tmp_path / UNITS[0].name
+    unit.write_text(UNITS[0].read_text())
+    (tmp_path / f"{unit.name}.d").mkdir()
+    (tmp_path / f"{unit.name}.d" / "open.conf").write_text("[Service]\nSystemCallFilter=\n")
+    result = verify(unit)
+    assert result.returncode == 1
+    assert "coordinator.service+open.conf is exposed above" in result.stderr
 
 
 def test_check_fails_on_a_setting_that_systemd_does_not_know(tmp_path: Path) -> None:
@@ -93,7 +130,7 @@ def test_check_fails_on_a_setting_that_systemd_does_not_know(tmp_path: Path) -> 
 
 def test_check_fails_on_a_unit_that_is_too_exposed(tmp_path: Path) -> None:
     unit = tmp_path / "open.service"
-    unit.write_text("[Service]\nExecStart=/opt/splitfleet/venv/bin/coordinator train\n")
+    unit.write_text("[Service]\nExecStart=/opt/splitfleet/coordinator/bin/coordinator train\n")
     result = verify(unit)
     assert result.returncode == 1
     assert "exposed above 15 tenths" in result.stderr

@@ -16,7 +16,6 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import paho.mqtt.client as paho
@@ -26,6 +25,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from wire.credentials import read_secret, secret_path
 from wire.errors import ConfigError, SplitfleetError, TransportError
 from wire.inbox import Connected, Disconnected, Inbox, Received
 from wire.messages import SCHEMA
@@ -42,15 +42,22 @@ STOP_TIMEOUT_S = 5.0
 
 
 class TlsSettings(Settings, frozen=True, kw_only=True):
-    """TLS to the broker; ``cert`` and ``key`` identify us where the broker demands it."""
+    """TLS to the broker; ``cert`` and ``key`` identify us where the broker demands it.
+
+    Each is a path or ``credential:NAME``.
+    """
 
     ca: str
     cert: str | None = None
     key: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.key is not None and self.cert is None:
+            raise ValueError("expected cert beside key")
+
 
 class MqttSettings(Settings, frozen=True, kw_only=True):
-    """Where the broker is and how to talk to it."""
+    """Where the broker is and how to talk to it; ``password_file`` may be ``credential:NAME``."""
 
     host: str = "127.0.0.1"
     port: int = 1883
@@ -70,6 +77,8 @@ class MqttSettings(Settings, frozen=True, kw_only=True):
             raise ValueError("expected 0 < reconnect_min_s <= reconnect_max_s")
         if self.keepalive_s < 1 or self.max_payload_bytes < 1024:
             raise ValueError("expected keepalive_s >= 1 and max_payload_bytes >= 1024")
+        if self.password_file is not None and self.username is None:
+            raise ValueError("expected username beside password_file")
 
 
 class PayloadTooLargeError(SplitfleetError):
@@ -223,17 +232,8 @@ class MqttConnection:
         return client
 
     def _read_password(self) -> str | None:
-        path = self._settings.password_file
-        if path is None:
-            return None
-        try:
-            return Path(path).read_text(encoding="utf-8").strip()
-        except OSError as exc:
-            raise ConfigError(
-                f"expected a readable file ({exc.strerror})",
-                source=path,
-                field="$.mqtt.password_file",
-            ) from exc
+        value = self._settings.password_file
+        return None if value is None else read_secret(value, field="$.mqtt.password_file")
 
     def _connect_properties(self) -> Properties:
         properties = _new_properties(PacketTypes.CONNECT)
@@ -363,10 +363,14 @@ def _on_socket_open(_client: paho.Client, _userdata: Any, sock: Any) -> None:
 
 
 def _build_tls_context(tls: TlsSettings) -> ssl.SSLContext:
+    ca, cert, key = (
+        None if value is None else secret_path(value, field=f"$.mqtt.tls.{name}")
+        for name, value in (("ca", tls.ca), ("cert", tls.cert), ("key", tls.key))
+    )
     try:
-        context = ssl.create_default_context(cafile=tls.ca)
-        if tls.cert is not None:
-            context.load_cert_chain(tls.cert, tls.key)
+        context = ssl.create_default_context(cafile=ca)
+        if cert is not None:
+            context.load_cert_chain(cert, key)
     except (OSError, ssl.SSLError) as exc:
         raise ConfigError(
             f"expected readable PEM files for ca, cert and key ({exc})", field="$.mqtt.tls"

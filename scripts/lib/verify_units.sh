@@ -1,6 +1,7 @@
 #!/bin/bash
 # Check systemd units: systemd-analyze must have nothing to say about them, and their exposure
-# must stay at or below a score. Works without systemd running.
+# must stay at or below a score. Each unit is checked as it stands, and with each drop-in of
+# UNIT.d/*.conf. Works without systemd running.
 #
 #   scripts/lib/verify_units.sh [UNIT...]     default: all units in systemd/
 set -euo pipefail
@@ -17,18 +18,20 @@ command -v systemd-analyze >/dev/null || {
 copies="$(mktemp -d)"
 trap 'rm -rf "$copies"' EXIT
 
-# A copy whose ExecStart exists on this machine; a template is verified as one of its instances.
+# copy_unit UNIT [DROP-IN]: a copy whose ExecStart exists on this machine, with the drop-in's lines
+# behind its own; a template is verified as one of its instances.
 copy_unit() {
-    local name
+    local name copy
     name="$(basename "$1")"
-    sed -E 's,^ExecStart=/opt/splitfleet/venv/bin/[^ ]+,ExecStart=/bin/true,' \
-        "$1" >"$copies/${name/@./@check.}"
-    echo "$copies/${name/@./@check.}"
+    copy="$copies/${name/@./@check.}"
+    sed -E 's,^ExecStart=/opt/splitfleet/[^ ]+,ExecStart=/bin/true,' "$@" >"$copy"
+    echo "$copy"
 }
 
 check_unit() {
-    local unit="$1" copy output
-    copy="$(copy_unit "$unit")"
+    local unit copy output
+    unit="$(IFS=+ && echo "${*##*/}")"
+    copy="$(copy_unit "$@")"
     # verify exits 0 on unknown keys: any output is a failure.
     if ! output="$(SYSTEMD_LOG_LEVEL=warning systemd-analyze verify --man=no "$copy" 2>&1)" ||
         [[ -n "$output" ]]; then
@@ -41,7 +44,7 @@ check_unit() {
             "$unit" "$threshold" "$(grep -v '✓' <<<"$output")" >&2
         return 1
     fi
-    echo "$(basename "$unit"): $(grep -o 'exposure level.*: [0-9.]*' <<<"$output")"
+    echo "$unit: $(grep -o 'exposure level.*: [0-9.]*' <<<"$output")"
 }
 
 units=("$@")
@@ -49,5 +52,8 @@ units=("$@")
 status=0
 for unit in "${units[@]}"; do
     check_unit "$unit" || status=1
+    for drop_in in "$unit".d/*.conf; do
+        if [[ -e "$drop_in" ]]; then check_unit "$unit" "$drop_in" || status=1; fi
+    done
 done
 exit "$status"
