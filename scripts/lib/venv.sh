@@ -40,7 +40,7 @@ find_python() {
 create_venv() {
     local python
     python="$(find_python)"
-    say "creating .venv with $("$python" --version)"
+    say "creating ${venv#"$root"/} with $("$python" --version)"
     rm -rf "$venv"
     if "$python" -m venv "$venv" >/dev/null 2>&1; then return; fi
     rm -rf "$venv"
