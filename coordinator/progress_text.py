@@ -54,6 +54,17 @@ def describe_waiting(progress: Progress) -> str | None:
     return None
 
 
+def format_status(progress: Progress) -> str:
+    """One short line for ``systemctl status``."""
+    if progress.epoch >= progress.epochs:
+        return f"all {progress.epochs} epochs are trained"
+    waiting = describe_waiting(progress)
+    if waiting is not None:
+        return waiting
+    where = f"epoch {progress.epoch + 1}/{progress.epochs}, step {progress.step}"
+    return f"{where}, {progress.ready} devices ready"
+
+
 def describe_figures(progress: Progress, totals: EpochTotals) -> str:
     """The figures of the last steps: loss, accuracy, deviation, speed.
 

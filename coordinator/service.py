@@ -15,6 +15,7 @@ from coordinator.config import RunSettings
 from coordinator.journal import DeviceRecord, Journal, RunRecord
 from coordinator.model import build_model, limit_threads
 from coordinator.offers import BundleOffers
+from coordinator.progress_text import format_status
 from coordinator.recorder import RunSummary, write_summary
 from coordinator.registry import Device, Registry
 from coordinator.reporting import Reporter
@@ -361,6 +362,9 @@ class CoordinatorService:
             self._write_state(online=True)
             if self._run is not None:
                 self._run.say_state()
+                if self._connection.is_connected:
+                    line = format_status(self._run.progress())
+                    notify_status(f"{self._settings.run}: {line}")
         if self._watchdog_interval_s is not None and now_s >= self._watchdog_due_s:
             # This loop turns and the network thread lives: that is what progress means here.
             self._watchdog_due_s = now_s + self._watchdog_interval_s

@@ -148,6 +148,7 @@ class AgentDaemon:
             case Connected(boot=boot):
                 self._boot = boot
                 logger.info("%s: connected (boot %d)", self._settings.device, boot)
+                notify_status(f"{self._settings.device}: connected")
                 self._publish_birth()
                 if self._download is not None:
                     self._ask_for_chunk(self._download)
