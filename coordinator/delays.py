@@ -3,7 +3,9 @@
 A phase of a device takes about ``fixed_s + per_sample_s * count`` seconds. The estimate is a robust
 line through the last observations, weighted by age: slopes and levels are weighted medians
 (Theil-Sen), so a single outlier moves nothing, and since the weights halve every 6.6 observations a
-lasting jump holds the median after 7 observations. No clock is read here; callers pass seconds.
+lasting jump holds the median after 7 observations. Large jumps are noticed after 3 to 5
+(``speed_change``); then all that was observed at the old speed is forgotten. No clock is read here;
+callers pass seconds.
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from coordinator.speed_change import LEAST_ALLOWANCE, SpeedWatch
 
 FloatArray = NDArray[np.float64]
 
@@ -22,6 +26,10 @@ FloatArray = NDArray[np.float64]
 FORGETTING = 0.9
 # The weight of what lies further back is 3 % of the whole; bounds memory and work.
 WINDOW = 32
+# Observations between two fits of what new ones are held against; a fit at each would cost as much
+# as the message that brought it.
+REFRESH_EVERY = 8
+_VARIES_BY = 2.0  # times its median log residual is what a device may differ without being suspect
 
 
 class DelayEstimator:
@@ -34,22 +42,42 @@ class DelayEstimator:
     def __init__(self) -> None:
         self._observations: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self._n_observations = 0
+        self._changes = 0
         self._line: tuple[float, float] | None = None
+        self._expected: _Expected | None = None
+        self._watch = SpeedWatch()
 
-    def observe(self, count: int, seconds: float) -> None:
-        """Take one measurement of ``count`` samples; ValueError where it cannot be one."""
+    def observe(self, count: int, seconds: float) -> bool:
+        """Take one measurement of ``count`` samples; tell whether the speed has changed for good.
+
+        If it has, what was measured before the change is forgotten. ValueError where it cannot be
+        a measurement.
+        """
         if count < 1:
             raise ValueError(f"count: expected at least 1 sample, received {count}")
         if not math.isfinite(seconds) or seconds < 0:
             raise ValueError(f"seconds: expected finite seconds from 0, received {seconds}")
+        if self._expected is not None:
+            self._watch = self._expected.compare(self._watch, int(count), float(seconds))
         self._observations.append((int(count), float(seconds)))
         self._n_observations += 1
         self._line = None
+        has_changed = self._watch.changed_since > 0
+        if has_changed:
+            self._forget_all_but(self._watch.changed_since)
+        if has_changed or self._is_refresh_due():
+            self._expected = _expected_of(self._observations, *self._fitted())
+        return has_changed
 
     @property
     def n_observations(self) -> int:
         """Measurements taken so far, forgotten ones too."""
         return self._n_observations
+
+    @property
+    def changes(self) -> int:
+        """How often the speed has changed for good."""
+        return self._changes
 
     @property
     def fixed_s(self) -> float:
@@ -71,22 +99,64 @@ class DelayEstimator:
         return {
             "n_observations": self._n_observations,
             "observations": [list(observation) for observation in self._observations],
+            "changes": self._changes,
+            "expected": None if self._expected is None else list(self._expected),
+            "watch": self._watch.state(),
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> DelayEstimator:
         """An estimator that continues where ``state`` was taken."""
         estimator = cls()
-        for count, seconds in state["observations"]:
-            estimator.observe(count, seconds)
+        observations = [(int(count), float(seconds)) for count, seconds in state["observations"]]
+        estimator._observations.extend(observations)
         estimator._n_observations = int(state["n_observations"])
+        if "watch" in state:  # checkpoints of earlier versions do without
+            estimator._changes = int(state["changes"])
+            estimator._watch = SpeedWatch.from_state(state["watch"])
+            if state["expected"] is not None:
+                estimator._expected = _Expected(*state["expected"])
         return estimator
+
+    def _forget_all_but(self, last: int) -> None:
+        self._observations = deque(list(self._observations)[-last:], maxlen=WINDOW)
+        self._changes += 1
+        self._watch = SpeedWatch()
+
+    def _is_refresh_due(self) -> bool:
+        """Not while a change is suspected: it would become what is expected."""
+        return self._n_observations % REFRESH_EVERY == 0 and not self._watch.is_suspicious
 
     def _fitted(self) -> tuple[float, float]:
         """(fixed_s, per_sample_s), fitted when first asked for after an observation."""
         if self._line is None:
             self._line = _fit_line(self._observations)
         return self._line
+
+
+class _Expected(NamedTuple):
+    """The line that new observations are held against, the counts it was made from, its spread."""
+
+    fixed_s: float
+    per_sample_s: float
+    least_count: int
+    most_count: int
+    allowance: float
+
+    def compare(self, watch: SpeedWatch, count: int, seconds: float) -> SpeedWatch:
+        """Add an observation to the evidence.
+
+        Beyond the counts seen, a line whose parts could not be told apart may lie anywhere between
+        itself and proportional growth; only what is outside of that counts.
+        """
+        seen = min(max(count, self.least_count), self.most_count)
+        line_s = self.fixed_s + self.per_sample_s * count
+        in_proportion_s = (self.fixed_s + self.per_sample_s * seen) * count / seen
+        tiny_s = 1e-9
+        low_s = max(min(line_s, in_proportion_s), tiny_s)
+        high_s = max(line_s, in_proportion_s, tiny_s)
+        seconds = max(seconds, tiny_s)
+        return watch.observe(math.log(seconds / high_s), math.log(seconds / low_s), self.allowance)
 
 
 class FleetDelays:
@@ -98,13 +168,13 @@ class FleetDelays:
         self._forward: dict[str, DelayEstimator] = {}
         self._backward: dict[str, DelayEstimator] = {}
 
-    def observe_forward(self, device_id: str, count: int, seconds: float) -> None:
-        """Take the seconds from the go to the device's activations."""
-        self._forward.setdefault(device_id, DelayEstimator()).observe(count, seconds)
+    def observe_forward(self, device_id: str, count: int, seconds: float) -> bool:
+        """Take the seconds from the go to the device's activations; tell of a lasting change."""
+        return self._forward.setdefault(device_id, DelayEstimator()).observe(count, seconds)
 
-    def observe_backward(self, device_id: str, count: int, seconds: float) -> None:
+    def observe_backward(self, device_id: str, count: int, seconds: float) -> bool:
         """Take the seconds from the cut gradient to the device's parameter gradients."""
-        self._backward.setdefault(device_id, DelayEstimator()).observe(count, seconds)
+        return self._backward.setdefault(device_id, DelayEstimator()).observe(count, seconds)
 
     def forward(self, device_id: str) -> DelayEstimator | None:
         """What is known of the device's forward phase."""
@@ -159,6 +229,22 @@ def _fit_line(observations: Collection[tuple[int, float]]) -> tuple[float, float
         return level, slope
     # All time is the samples': the best line through the origin.
     return 0.0, _weighted_median(seconds_N / counts_N, weights_N * counts_N)
+
+
+def _expected_of(
+    observations: Collection[tuple[int, float]], fixed_s: float, per_sample_s: float
+) -> _Expected:
+    """The fitted line as what is expected, with the allowance that its residuals ask for."""
+    counts_N, seconds_N = np.array(list(observations), dtype=np.float64).T
+    line_N = np.maximum(fixed_s + per_sample_s * counts_N, 1e-9)
+    spread = float(np.median(np.abs(np.log(np.maximum(seconds_N, 1e-9) / line_N))))
+    return _Expected(
+        fixed_s,
+        per_sample_s,
+        int(counts_N.min()),
+        int(counts_N.max()),
+        max(LEAST_ALLOWANCE, _VARIES_BY * spread),
+    )
 
 
 def _median_slope(counts_N: FloatArray, seconds_N: FloatArray, weights_N: FloatArray) -> float:

@@ -115,6 +115,12 @@ class WindowPlanner:
     def last_delta(self) -> float | None:
         return None if self._planner is None else self._planner.last_delta
 
+    @property
+    def heeds_measured_delays(self) -> bool:
+        """Whether other delays would give another plan."""
+        deaf = (Policy.FLS, Policy.FPLS, Policy.UGS)
+        return self._settings.name not in deaf and not self._settings.delays_s
+
     def devices(self) -> set[str]:
         """Devices that the current plan counts on."""
         planned = {slot.device for step in self.window for slot in step.slots}

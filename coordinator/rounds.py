@@ -37,6 +37,9 @@ from wire.messages import RangeHeader
 
 EstimatorOf = Callable[[str], DelayEstimator | None]
 
+# A fleet that keeps changing must not be planned anew at every step: a plan costs as much as many
+# of its steps where there are thousands of devices.
+REPLAN_PAUSE_STEPS = 5
 REMEMBERED_STEPS = 64  # how far back a late message still tells how slow its device is
 
 
@@ -113,6 +116,8 @@ class Rounds:
         self._backward = PhaseClock(settings.deadline, self._expected_backward_s)
         self._opened_at: dict[int, float] = {}
         self._beliefs: dict[tuple[str, str], tuple[float, float]] = {}
+        self._speed_changed = False  # of some device, for good, since the plan was made
+        self._replan_from_step = 0
 
     # What the owner may ask
 
@@ -230,7 +235,8 @@ class Rounds:
         opened.slowest = slot.device
         if not opened.owes(slot.device):
             seconds = max(0.0, now_s - opened.opened_s)
-            self.delays.observe_forward(slot.device, opened.count_of(slot.device), seconds)
+            count = opened.count_of(slot.device)
+            self._speed_changed |= self.delays.observe_forward(slot.device, count, seconds)
         return self._maybe_run_server(now_s)
 
     def observe_late(self, device: str, header: RangeHeader, now_s: float) -> list[Action]:
@@ -238,7 +244,8 @@ class Rounds:
         opened_s = self._opened_at.get(header.step)
         # It may have come while the owner was at work, before the step was opened: no measure.
         if opened_s is not None and now_s >= opened_s:
-            self.delays.observe_forward(device, header.count, now_s - opened_s)
+            late_s = now_s - opened_s
+            self._speed_changed |= self.delays.observe_forward(device, header.count, late_s)
             self._beliefs.pop((self.delays.forward.__name__, device), None)
         if not self.attendance.heard(device):
             return []
@@ -291,7 +298,8 @@ class Rounds:
         opened.slowest = slot.device
         if not opened.owes(slot.device):
             seconds = max(0.0, now_s - opened.phase_opened_s)
-            self.delays.observe_backward(slot.device, opened.count_of(slot.device), seconds)
+            count = opened.count_of(slot.device)
+            self._speed_changed |= self.delays.observe_backward(slot.device, count, seconds)
         return self._maybe_apply(now_s)
 
     # Events: the owner's own work, and time
@@ -494,7 +502,8 @@ class Rounds:
         return self._wait_until_s is not None and now_s >= self._wait_until_s
 
     def _plan(self) -> list[Action]:
-        """Fill the window again where it runs low."""
+        """Fill the window again where it runs low, or plan anew where a device changed speed."""
+        outdated = self._drop_outdated_plan()
         window = self._planner.window
         if len(window) > (self.settings.ahead if self.settings.frozen else 0):
             return []
@@ -507,9 +516,17 @@ class Rounds:
             delays_of=self.delays.delays_s,
         )
         if not added:
-            return []
+            return [SendAllocations(outdated)] if outdated else []
         self._beliefs.clear()
-        return [SendAllocations(frozenset().union(*(step.devices for step in window)))]
+        return [SendAllocations(outdated.union(*(step.devices for step in window)))]
+
+    def _drop_outdated_plan(self) -> frozenset[str]:
+        """Take the plan back after a lasting change of speed; tell whose allocations that voids."""
+        if not self._speed_changed or self.step < self._replan_from_step:
+            return frozenset()
+        self._speed_changed = False
+        self._replan_from_step = self.step + REPLAN_PAUSE_STEPS
+        return self._drop_plan() if self._planner.heeds_measured_delays else frozenset()
 
     def _end_or_wait(self, now_s: float) -> list[Action]:
         """Nothing can be planned: the epoch is over, or what is left belongs to absent devices."""
@@ -627,15 +644,19 @@ class Rounds:
         """Take planned steps back if they count on these devices."""
         if not devices & self._planner.devices():
             return []
+        return [SendAllocations(self._drop_plan() - devices)]
+
+    def _drop_plan(self) -> frozenset[str]:
+        """Take all planned steps back; returns the devices whose allocations have held them."""
         window = self._planner.window
-        told = frozenset().union(*(step.devices for step in window))
+        told: frozenset[str] = frozenset().union(*(step.devices for step in window))
         if window and self.settings.frozen:
             # Devices that ran ahead have sent some of these ranges and would not send them again:
             # the numbers are not used for other ranges, and what came early is of no use.
             self._skipped_to = window[-1].step
             self._early.clear()
         self._planner.clear(self.account)
-        return [SendAllocations(told - devices)]
+        return told
 
 
 def _find_slot(plan: PlannedStep, device: str, header: RangeHeader) -> PlannedSlot:

@@ -201,3 +201,97 @@ def test_fleet_state_goes_through_json() -> None:
     copy = FleetDelays.from_state(json.loads(json.dumps(fleet.state())))
     assert copy.state() == fleet.state()
     assert copy.delays_s(["a", "b"], [5, 5]).tolist() == fleet.delays_s(["a", "b"], [5, 5]).tolist()
+
+
+# Lasting changes
+
+
+def _watched(series: list[tuple[int, float]]) -> tuple[DelayEstimator, list[int]]:
+    """An estimator that took the series, and the observations that it called a change."""
+    estimator = DelayEstimator()
+    return estimator, [i for i, each in enumerate(series) if estimator.observe(*each)]
+
+
+def _series(rng: np.random.Generator, size: int, factor: float = 1.0) -> list[tuple[int, float]]:
+    counts = _counts(rng, size)
+    seconds = factor * _line(counts) * rng.lognormal(0, 0.1, size)
+    return list(zip(counts.tolist(), seconds.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("factor", [0.1, 1 / 3, 3.0, 10.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_large_jump_is_noticed_once_within_five_observations(factor: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    estimator, noticed = _watched(_series(rng, 40) + _series(rng, 20, factor))
+    assert len(noticed) == 1
+    assert 42 <= noticed[0] < 45, "three observations at least, five at most"
+    assert estimator.changes == 1
+    assert estimator.estimate_s(20) == pytest.approx(factor * 0.4, rel=0.2)
+
+
+def test_estimate_is_of_the_new_speed_as_soon_as_the_jump_is_noticed() -> None:
+    rng = np.random.default_rng(7)
+    series = _series(rng, 40) + _series(rng, 3, 10.0)
+    estimator, noticed = _watched(series)
+    assert noticed == [42]
+    assert estimator.estimate_s(20) == pytest.approx(4.0, rel=0.35)
+
+
+@pytest.mark.parametrize("outliers", [1, 2])
+@pytest.mark.parametrize("factor", [1e-4, 1e4])
+def test_one_or_two_outliers_are_no_change(outliers: int, factor: float) -> None:
+    rng = np.random.default_rng(8)
+    calm, wild = _series(rng, 40), _series(rng, outliers, factor)
+    estimator, noticed = _watched(calm + wild + _series(rng, 20))
+    assert noticed == []
+    assert estimator.estimate_s(20) == pytest.approx(0.4, rel=0.1)
+
+
+def test_drift_and_noise_are_no_change() -> None:
+    rng = np.random.default_rng(9)
+    drifting = [(count, s * 1.005**i) for i, (count, s) in enumerate(_series(rng, 300))]
+    estimator, noticed = _watched(drifting)
+    assert noticed == []
+    assert estimator.estimate_s(20) == pytest.approx(0.4 * 1.005**300, rel=0.15)
+
+
+def test_heavy_tails_are_called_a_change_less_than_once_in_a_thousand_observations() -> None:
+    called = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        series = _series(rng, 250)
+        tails = 1 + 0.2 * rng.pareto(1.0, 250)  # infinite mean
+        called += len(_watched([(n, s * t) for (n, s), t in zip(series, tails, strict=True)])[1])
+    assert called < 5
+
+
+def test_larger_counts_than_ever_seen_are_not_taken_for_a_slower_device() -> None:
+    """With one count the parts cannot be told apart: all counts as fixed, and proves to be not."""
+    steady = [(4, 0.4)] * 40
+    _, noticed = _watched(steady + [(40, 4.0)] * 10)
+    assert noticed == []
+    _, noticed = _watched(steady + [(40, 0.4)] * 10)
+    assert noticed == []
+    _, noticed = _watched(steady + [(40, 40.0)] * 10)
+    assert noticed == [42]
+
+
+def test_watch_for_changes_goes_through_json_and_reads_older_states() -> None:
+    rng = np.random.default_rng(10)
+    estimator, _ = _watched(_series(rng, 40) + _series(rng, 2, 10.0))
+    copy = DelayEstimator.from_state(json.loads(json.dumps(estimator.state())))
+    last = _series(rng, 1, 10.0)[0]
+    assert copy.observe(*last)
+    assert estimator.observe(*last)
+    assert copy.state() == estimator.state()
+    older = {key: estimator.state()[key] for key in ("n_observations", "observations")}
+    assert DelayEstimator.from_state(older).estimate_s(9) == estimator.estimate_s(9)
+
+
+def test_fleet_tells_whose_speed_has_changed() -> None:
+    fleet = FleetDelays()
+    for _ in range(20):
+        assert not fleet.observe_forward("a", 8, 0.1)
+        assert not fleet.observe_backward("a", 8, 0.2)
+    assert [fleet.observe_backward("a", 8, 2.0) for _ in range(4)] == [False, False, True, False]
+    assert fleet.delays_s(["a"], [8]) == pytest.approx([2.1])
