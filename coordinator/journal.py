@@ -37,8 +37,24 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     updated_s: float = 0.0
 
 
+class PhaseDelay(msgspec.Struct, frozen=True, kw_only=True):
+    """What is believed of one phase of a device, from how many measurements.
+
+    ``changes`` is how often its speed has changed for good.
+    """
+
+    fixed_s: float
+    per_sample_s: float
+    observations: int
+    changes: int = 0
+
+
 class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A device as the run sees it; delays in seconds, forward and backward phase together."""
+    """A device as the run sees it.
+
+    ``fixed_s`` and ``per_sample_s`` are of both phases together, ``contribution_s`` what they make
+    of a typical contribution; ``forward`` and ``backward`` are the phases by themselves.
+    """
 
     device: str
     online: bool
@@ -51,6 +67,9 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     missed_deadlines: int = 0
     fixed_s: float | None = None
     per_sample_s: float | None = None
+    contribution_s: float | None = None
+    forward: PhaseDelay | None = None
+    backward: PhaseDelay | None = None
     bytes_up: int = 0
     bytes_down: int = 0
     refused: dict[str, int] = {}

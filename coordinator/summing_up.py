@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from coordinator.config import RunSettings
-from coordinator.journal import DeviceRecord, RunRecord
+from coordinator.delays import DelayEstimator
+from coordinator.journal import DeviceRecord, PhaseDelay, RunRecord
 from coordinator.recorder import DeviceSummary, RunSummary
 from coordinator.registry import Device, Registry
 from coordinator.run import TrainingRun
@@ -56,11 +57,35 @@ def _device_record(device: Device, run: TrainingRun | None) -> DeviceRecord:
         missed_deadlines=run.rounds.attendance.missed[device.name] if run else 0,
         fixed_s=fixed_s,
         per_sample_s=per_sample_s,
+        contribution_s=_contribution_s(run, device.name),
+        forward=_phase_delay(None if run is None else run.rounds.delays.forward(device.name)),
+        backward=_phase_delay(None if run is None else run.rounds.delays.backward(device.name)),
         bytes_up=device.bytes_up,
         bytes_down=device.bytes_down,
         refused=dict(device.refused),
         agent=birth.agent if birth else "",
         labels=birth.labels if birth else {},
+    )
+
+
+def _contribution_s(run: TrainingRun | None, name: str) -> float | None:
+    """What a typical contribution takes; None while nothing is known."""
+    if run is None:
+        return None
+    fixed_s, per_sample_s = run.delay_of(name)
+    if fixed_s is None or per_sample_s is None:
+        return None
+    return fixed_s + per_sample_s * run.typical_count(name)
+
+
+def _phase_delay(estimator: DelayEstimator | None) -> PhaseDelay | None:
+    if estimator is None:
+        return None
+    return PhaseDelay(
+        fixed_s=estimator.fixed_s,
+        per_sample_s=estimator.per_sample_s,
+        observations=estimator.n_observations,
+        changes=estimator.changes,
     )
 
 
@@ -100,16 +125,13 @@ def build_summary(settings: RunSettings, run: TrainingRun, *, broker: str) -> Ru
 def _sum_up_device(run: TrainingRun, name: str) -> DeviceSummary:
     device = run.registry.devices[name]
     fixed_s, per_sample_s = run.delay_of(name)
-    delay_s = None
-    if fixed_s is not None and per_sample_s is not None:
-        delay_s = fixed_s + per_sample_s * run.typical_count(name)
     return DeviceSummary(
         device=name,
         samples_held=device.birth.samples if device.birth else 0,
         samples_trained=run.rounds.trained[name],
         samples_missed=run.rounds.missed[name],
         missed_deadlines=run.rounds.attendance.missed[name],
-        delay_s=delay_s,
+        delay_s=_contribution_s(run, name),
         bytes_up=device.bytes_up,
         bytes_down=device.bytes_down,
         refused=dict(device.refused),

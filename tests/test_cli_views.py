@@ -20,13 +20,13 @@ from coordinator.broker_config import LabBroker, lab_acl, lab_mosquitto_config
 from coordinator.cli.app import main
 from coordinator.cli.status import Liveness, liveness
 from coordinator.health import Level, satisfies
-from coordinator.journal import DeviceRecord, Journal, RunRecord
+from coordinator.journal import DeviceRecord, Journal, PhaseDelay, RunRecord
 from coordinator.store import open_store, put_records
 from tests.brokers import configured_mosquitto
 from wire.bundle import Bundle
 from wire.exit_codes import ExitCode
 
-COMMANDS = ("devices", "status", "export", "broker-config", "doctor")
+COMMANDS = ("devices", "status", "simulate", "export", "broker-config", "doctor")
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,9 @@ DEVICES = [
         samples_trained=2400,
         fixed_s=0.012,
         per_sample_s=0.0005,
+        contribution_s=0.020,
+        forward=PhaseDelay(fixed_s=0.01, per_sample_s=0.0003, observations=212, changes=1),
+        backward=PhaseDelay(fixed_s=0.002, per_sample_s=0.0002, observations=210),
         bytes_up=1_500_000,
         bytes_down=250_000,
         refused={"late": 3, "shape": 1},
@@ -151,7 +154,16 @@ def test_devices_are_shown_with_state_samples_delay_bytes_and_refusals(
     ended = run_command("devices", "--state", write_state())
     assert ended.code == 0
     rows = {line.split()[0]: line for line in ended.out.splitlines() if line.startswith("gw-")}
-    for part in ("ready", "1,200", "2,400", "12.0 ms + 500 us", "1.50 MB", "250 kB", "late 3"):
+    for part in (
+        "ready",
+        "1,200",
+        "2,400",
+        "12.0 ms + 500 us",
+        " 212 ",
+        "1.50 MB",
+        "250 kB",
+        "late 3",
+    ):
         assert part in rows["gw-1"]
     assert "preparing" in rows["gw-2"]
     assert "offline" in rows["gw-3"]

@@ -297,7 +297,7 @@ def test_run_without_measurements_or_counts_is_refused(simulate: Simulate, tmp_p
         (("--seed", -1), "--seed: expected a whole number from 0, found -1"),
         (("--seeds", "0"), "--seeds: expected how many seeds (1 to 1000) or a list"),
         (("--seeds", "a,b"), "--seeds: expected how many seeds"),
-        (("-p", "sgd"), "--policies: expected policies among fls, fpls, ugs, lds"),
+        (("-p", "sgd"), "--policies: expected policies among fls, fpls, ugs, lds, class-targeted"),
         (("-p", "ugs@2"), "--policies: expected 'ugs' without '@'"),
         (("-p", "lds@x%"), "--policies: expected a number from 0 behind '@'"),
         (("--delta", -1), "--delta: expected a finite number from 0, found -1"),
@@ -421,7 +421,7 @@ def _fleet(**changes: int) -> SimulatedFleet:
     )
 
 
-@pytest.mark.parametrize("name", ["fls", "fpls", "ugs", "lds", "lds@3"])
+@pytest.mark.parametrize("name", ["fls", "fpls", "ugs", "lds", "lds@3", "class-targeted"])
 def test_every_sample_is_played_once_and_time_is_that_of_the_slowest(name: str) -> None:
     fleet = _fleet()
     (choice,) = [c for c in parse_choices([name]) if c.name == name]
@@ -468,6 +468,17 @@ def test_ugs_deviates_as_uniform_batches_of_the_pooled_data_do() -> None:
         played.append(play_epoch(fleet, ugs, global_batch=50, seed=seed).deviation_T.mean())
     noise = float(np.std(shuffled)) / np.sqrt(30)
     assert float(np.mean(played)) == pytest.approx(float(np.mean(shuffled)), abs=5 * noise)
+
+
+def test_class_targeted_batches_deviate_as_ugs_and_take_less_time() -> None:
+    fleet = _fleet()
+    plays = {
+        choice.name: play_epoch(fleet, choice, global_batch=50, seed=3)
+        for choice in parse_choices(["ugs", "class-targeted"])
+    }
+    ugs, targeted = plays["ugs"], plays["class-targeted"]
+    assert targeted.seconds_T.sum() < 0.6 * ugs.seconds_T.sum()
+    assert targeted.deviation_T.mean() == pytest.approx(ugs.deviation_T.mean(), rel=0.15)
 
 
 def test_parts_of_a_fleet_must_belong_together() -> None:

@@ -51,14 +51,17 @@ def devices(
 
 
 def devices_table(records: Iterable[DeviceRecord]) -> Table:
-    """One row per device; delays are what the coordinator believes, fixed and per sample."""
+    """One row per device; delays are what the coordinator believes, fixed and per sample.
+
+    ``measured`` is from how many steps; JSON has both phases and how often the speed has changed.
+    """
     from rich.text import Text
 
     from coordinator.tables import describe_refused, format_bytes, new_table, printable
 
     table = new_table(
         ["device", "state"],
-        ["samples", "trained", "late", "delay + a sample", "up", "down"],
+        ["samples", "trained", "late", "delay + a sample", "measured", "up", "down"],
         ["refused messages"],
     )
     for record in records:
@@ -69,6 +72,7 @@ def devices_table(records: Iterable[DeviceRecord]) -> Table:
             f"{record.samples_trained:,}",
             f"{record.missed_deadlines:,}",
             _delay(record),
+            _measured(record),
             format_bytes(record.bytes_up),
             format_bytes(record.bytes_down),
             Text(describe_refused(record.refused)),
@@ -105,3 +109,13 @@ def _delay(record: DeviceRecord) -> str:
     if record.fixed_s is None or record.per_sample_s is None:
         return NONE
     return f"{format_seconds(record.fixed_s)} + {format_seconds(record.per_sample_s)}"
+
+
+def _measured(record: DeviceRecord) -> str:
+    """Steps that the delay was measured in."""
+    from coordinator.tables import NONE
+
+    phases = [phase for phase in (record.forward, record.backward) if phase is not None]
+    if not phases:
+        return NONE
+    return f"{max(phase.observations for phase in phases):,}"

@@ -2,7 +2,7 @@
 
 The plan is the real planner's; what the simulation adds is how long each step lasts and which
 classes it holds. Devices take their samples in the order of a random permutation, so the classes of
-a count are a draw without replacement from what the device has left.
+a count are a draw without replacement from what the device has left, unless the plan names classes.
 
 Shapes: K devices, M classes, T steps. Nothing here is K x T unless the counts are kept.
 """
@@ -71,7 +71,7 @@ def play_epoch(
 ) -> EpochPlay:
     """Plan and time every step of one epoch; raises ValueError for settings that the planner lacks.
 
-    The planner is told the delay of each device's typical contribution, as in a run.
+    The planner is told what each device takes, as a run tells it what it has measured.
     """
     held_K = fleet.held_K
     stragglers_K = fleet.delays.stragglers(held_K, global_batch)
@@ -79,7 +79,8 @@ def play_epoch(
         fleet.label_counts_KM,
         global_batch,
         policy=choice.policy,
-        delays_s=fleet.delays.typical_s(held_K, global_batch),
+        delays_s=fleet.delays.fixed_s_K,
+        per_sample_s=fleet.delays.per_sample_s_K,
         delta=choice.delta,
         deviation_budget=choice.deviation_budget,
         max_batch=fleet.max_batch_K,
@@ -95,7 +96,7 @@ def play_epoch(
             _Step(
                 samples=int(taking.counts.sum()),
                 seconds=fleet.delays.step_s(counts_K),
-                deviation=classes.take(taking),
+                deviation=classes.take(taking, planner.class_counts),
                 active=taking.devices.size,
                 with_straggler=bool(stragglers_K[taking.devices].any()),
                 delta=math.nan if planner.last_delta is None else planner.last_delta,
@@ -139,14 +140,23 @@ class ClassDraws:
             np.random.PCG64(np.random.SeedSequence([seed, _CLASS_STREAM]))
         )
 
-    def take(self, taking: StepCounts) -> float:
-        """Draw the classes of a step; returns its batch deviation.
+    def take(self, taking: StepCounts, planned_KM: IntArray | None) -> float:
+        """Take the samples of a step; returns its batch deviation.
 
-        Class by class: given those of the classes before, the count of a class among a device's
-        samples is hypergeometric.
+        planned_KM: what the plan wants of each class, None where it leaves that to the devices.
         """
         left_AM = self._left_KM[taking.devices]
-        behind_A, missing_A = left_AM.sum(axis=1), taking.counts.copy()
+        if planned_KM is None:
+            taken_AM = self._draw(left_AM, taking.counts)
+        else:
+            taken_AM = planned_KM[taking.devices]
+        self._left_KM[taking.devices] = left_AM - taken_AM
+        taken_M = taken_AM.sum(axis=0)
+        return float(np.abs(taken_M / taken_M.sum() - self._pooled_mix_M).sum())
+
+    def _draw(self, left_AM: IntArray, counts_A: IntArray) -> IntArray:
+        """Class by class: given those before, the count of a class is hypergeometric."""
+        behind_A, missing_A = left_AM.sum(axis=1), counts_A.copy()
         taken_AM = np.zeros_like(left_AM)
         for m in range(left_AM.shape[1]):
             own = np.flatnonzero(left_AM[:, m])
@@ -154,6 +164,4 @@ class ClassDraws:
             behind_A[own] -= good
             taken_AM[own, m] = self._rng.hypergeometric(good, behind_A[own], missing_A[own])
             missing_A[own] -= taken_AM[own, m]
-        self._left_KM[taking.devices] = left_AM - taken_AM
-        taken_M = taken_AM.sum(axis=0)
-        return float(np.abs(taken_M / taken_M.sum() - self._pooled_mix_M).sum())
+        return taken_AM
