@@ -1,17 +1,26 @@
 """Which samples of an epoch are free, planned or trained: every sample once an epoch.
 
-A sample is a position in its device's permutation of the epoch. A range is free until it is taken
+A sample is a position in its device's order of the epoch: a permutation, or, where the policy plans
+by class, one in which class after class has its own block. A range is free until it is taken
 for a step, then outstanding until that step was applied (trained) or it is given back (free).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 from wire.errors import LocalProtocolError
 
 Range = tuple[int, int]  # offset, count
+
+
+def class_blocks(label_counts: Sequence[int]) -> list[Range]:
+    """The positions of each class in the order by class: class 0's first, then class 1's, …"""
+    starts = accumulate(label_counts, initial=0)
+    return list(zip(starts, label_counts, strict=False))
 
 
 class DeviceAccount:
@@ -28,20 +37,34 @@ class DeviceAccount:
         """Samples that no step holds and that are not trained yet."""
         return sum(count for _, count in self._free)
 
-    def take(self, count: int) -> list[Range]:
-        """Take ``count`` free samples, lowest offsets first, as few ranges as that gives."""
-        if count > self.free:
-            raise LocalProtocolError(f"cannot take {count} samples, {self.free} are free")
+    def free_within(self, block: Range) -> int:
+        """Free samples of a block of positions."""
+        start, stop = block[0], block[0] + block[1]
+        parts = (min(offset + size, stop) - max(offset, start) for offset, size in self._free)
+        return sum(part for part in parts if part > 0)
+
+    def take(self, count: int, within: Range | None = None) -> list[Range]:
+        """Take ``count`` free samples, lowest offsets first, as few ranges as that gives.
+
+        ``within``: only from this block of positions.
+        """
+        block = (0, self.samples) if within is None else within
+        if count > self.free_within(block):
+            free = self.free_within(block)
+            raise LocalProtocolError(f"cannot take {count} samples, {free} are free")
         taken: list[Range] = []
-        while count:
-            offset, size = self._free[0]
-            part = min(size, count)
-            taken.append((offset, part))
-            if part == size:
-                del self._free[0]
-            else:
-                self._free[0] = (offset + part, size - part)
-            count -= part
+        free_after: list[Range] = []
+        for offset, size in self._free:
+            begin = max(offset, block[0])
+            end = min(offset + size, block[0] + block[1], begin + count)
+            if begin >= end:
+                free_after.append((offset, size))
+                continue
+            taken.append((begin, end - begin))
+            count -= end - begin
+            around = ((offset, begin - offset), (end, offset + size - end))
+            free_after += [span for span in around if span[1]]
+        self._free = free_after
         self._outstanding.update(taken)
         return taken
 
@@ -100,9 +123,24 @@ class EpochAccount:
         account = self.devices.get(device)
         return account is None or account.samples == samples
 
+    def give_back(self, device: str, spans: Iterable[Range]) -> None:
+        """Return outstanding ranges of a device to the free ones."""
+        for span in spans:
+            self.devices[device].give_back(span)
+
+    def mark_trained(self, device: str, spans: Iterable[Range]) -> None:
+        """Count outstanding ranges of a device as trained."""
+        for span in spans:
+            self.devices[device].mark_trained(span)
+
     def free(self, device: str) -> int:
         account = self.devices.get(device)
         return 0 if account is None else account.free
+
+    def free_by_class(self, device: str, label_counts: Sequence[int]) -> list[int]:
+        """Free samples of each class's block of the order by class."""
+        account = self.devices[device]
+        return [account.free_within(block) for block in class_blocks(label_counts)]
 
     def untrained(self) -> dict[str, int]:
         """Samples not trained, by device, where there are any."""

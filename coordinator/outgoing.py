@@ -18,6 +18,7 @@ from wire.messages import (
     CutGradientHeader,
     FleetState,
     Mode,
+    SampleOrder,
     Slot,
     WeightsHeader,
     build_metadata,
@@ -73,6 +74,7 @@ class Outgoing:
         """Tell each device all its slots from now on, as (step, slot)."""
         self.plan_number += 1
         frozen = self._settings.network.frozen
+        by_class = self._settings.policy.name.is_by_class
         for name, own in slots.items():
             allocation = Allocation(
                 run=self.run,
@@ -84,6 +86,8 @@ class Outgoing:
                 precision=self._settings.precision,
                 mode=Mode.FROZEN if frozen else Mode.LOCKSTEP,
                 ahead=self._settings.ahead if frozen else 0,
+                order=SampleOrder.BY_CLASS if by_class else SampleOrder.SHUFFLED,
+                ranges=tuple(slot.spans for _, slot in own) if by_class else (),
             )
             self._send_down(Channel.ALLOCATION, encode_message(allocation), name)
 

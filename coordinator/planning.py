@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.accounting import EpochAccount
+from coordinator.accounting import EpochAccount, Range, class_blocks
 from coordinator.allocation import EpochPlanner, Policy
 from wire.settings import Settings
 
@@ -38,8 +38,6 @@ class PolicySettings(Settings, frozen=True, kw_only=True):
     delays_s: dict[str, float] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name.is_by_class:
-            raise ValueError(f"expected a policy that devices know, {self.name} is not one yet")
         if self.refit_every < 1:
             raise ValueError(f"expected refit_every >= 1, received {self.refit_every}")
         if self.max_batch is not None and self.max_batch < 1:
@@ -55,11 +53,21 @@ class PolicySettings(Settings, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, order=True)
 class PlannedSlot:
-    """A range of one device's permutation."""
+    """A device's part of a step: one range of its order, or several where classes are planned.
+
+    ``ranges`` are (offset, count) of the order by class; the slot then has the offset of the first
+    and the count of all. Empty where the slot is the one range.
+    """
 
     device: str
     offset: int
     count: int
+    ranges: tuple[Range, ...] = ()
+
+    @property
+    def spans(self) -> tuple[Range, ...]:
+        """All its ranges, as (offset, count)."""
+        return self.ranges or ((self.offset, self.count),)
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,11 @@ class PlannedStep:
     @cached_property
     def devices(self) -> frozenset[str]:
         return frozenset(slot.device for slot in self.slots)
+
+    @cached_property
+    def slots_by_name(self) -> dict[tuple[str, int, int], PlannedSlot]:
+        """By (device, offset, count), which is how messages name a slot of a step."""
+        return {(slot.device, slot.offset, slot.count): slot for slot in self.slots}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +147,7 @@ class WindowPlanner:
         """Give all planned ranges back and build the planner anew."""
         for step in self.window:
             for slot in step.slots:
-                account.devices[slot.device].give_back((slot.offset, slot.count))
+                account.give_back(slot.device, slot.spans)
         self.window.clear()
         self._planner = None
 
@@ -157,13 +170,14 @@ class WindowPlanner:
         if self._planner is None:
             self._build(account, members, epoch, delays_of)
         elif not self._settings.delays_s:
-            self._planner.set_delays(self._delays(account, delays_of))
+            self._planner.set_delays(*self._delays(account, delays_of))
         while self._planner is not None and len(self.window) < steps:
             counts = self._planner.next_step()
             if counts is None:
                 self._planner = None
                 break
-            self.window.append(PlannedStep(next_step, self._take(account, counts)))
+            slots = self._take_classes(account) if self._by_class else self._take(account, counts)
+            self.window.append(PlannedStep(next_step, slots))
             next_step += 1
             added = True
         return added
@@ -174,6 +188,26 @@ class WindowPlanner:
             device = self._devices[index]
             for offset, count in account.devices[device].take(int(counts[index])):
                 slots.append(PlannedSlot(device, offset, count))
+        return tuple(slots)
+
+    def _take_classes(self, account: EpochAccount) -> tuple[PlannedSlot, ...]:
+        """One slot per device, from the blocks of the classes that it is to supply."""
+        assert self._planner is not None
+        counts_KM = self._planner.class_counts
+        assert counts_KM is not None
+        slots = []
+        for index in np.flatnonzero(counts_KM.any(axis=1)):
+            device = self._devices[index]
+            blocks = class_blocks(self._label_counts[index])
+            spans = [
+                span
+                for label in np.flatnonzero(counts_KM[index])
+                for span in account.devices[device].take(
+                    int(counts_KM[index, label]), within=blocks[label]
+                )
+            ]
+            total = sum(count for _, count in spans)
+            slots.append(PlannedSlot(device, spans[0][0], total, tuple(spans)))
         return tuple(slots)
 
     def _build(
@@ -189,12 +223,14 @@ class WindowPlanner:
         self.builds += 1
         settings = self._settings
         self._label_counts = [list(members[name].label_counts) for name in self._devices]
+        delays_s, per_sample_s = self._delays(account, delays_of)
         self._planner = EpochPlanner(
             self._label_counts,
             self._global_batch,
             policy=settings.name,
-            remaining=np.array([account.free(name) for name in self._devices], dtype=np.int64),
-            delays_s=self._delays(account, delays_of),
+            remaining=self._remaining(account),
+            delays_s=delays_s,
+            per_sample_s=per_sample_s,
             delta=settings.delta,
             deviation_budget=settings.deviation_budget,
             max_batch=self._caps(members),
@@ -210,16 +246,36 @@ class WindowPlanner:
             dtype=np.int64,
         )
 
-    def _delays(self, account: EpochAccount, delays_of: DelaysOf) -> NDArray[np.float64]:
-        """Seconds of a typical contribution: B samples in proportion to what devices hold."""
+    @property
+    def _by_class(self) -> bool:
+        return self._settings.name.is_by_class
+
+    def _remaining(self, account: EpochAccount) -> NDArray[np.int64]:
+        """Free samples per device, (K,), or per device and class, (K, M)."""
+        if not self._by_class:
+            return np.array([account.free(name) for name in self._devices], dtype=np.int64)
+        rows = zip(self._devices, self._label_counts, strict=True)
+        return np.array([account.free_by_class(*row) for row in rows], dtype=np.int64)
+
+    def _delays(
+        self, account: EpochAccount, delays_of: DelaysOf
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """Seconds of a typical contribution: B samples in proportion to what devices hold.
+
+        Where classes are planned: the fixed part, and seconds per sample.
+        """
         given = self._settings.delays_s
         if given:
             typical_s = float(np.median(list(given.values())))
-            return np.array([given.get(name, typical_s) for name in self._devices])
+            return np.array([given.get(name, typical_s) for name in self._devices]), None
+        if self._by_class:
+            fixed_s = delays_of(self._devices, [0] * len(self._devices))
+            one_sample_s = delays_of(self._devices, [1] * len(self._devices))
+            return fixed_s, np.maximum(one_sample_s - fixed_s, 0.0)
         samples = [account.devices[name].samples for name in self._devices]
         total = max(1, sum(samples))
         counts = [max(1, round(self._global_batch * n / total)) for n in samples]
-        return delays_of(self._devices, counts)
+        return delays_of(self._devices, counts), None
 
     def document(self) -> dict[str, Any]:
         """State as JSON-able data."""
@@ -229,7 +285,7 @@ class WindowPlanner:
             "label_counts": self._label_counts,
             "planner": None if self._planner is None else self._planner.state(),
             "window": [
-                [step.step, [[s.device, s.offset, s.count] for s in step.slots]]
+                [step.step, [[s.device, s.offset, s.count, s.ranges] for s in step.slots]]
                 for step in self.window
             ],
         }
@@ -244,9 +300,15 @@ class WindowPlanner:
             None if state is None else EpochPlanner.from_state(self._label_counts, state)
         )
         self.window = deque(
-            PlannedStep(step, tuple(PlannedSlot(*slot) for slot in slots))
+            PlannedStep(step, tuple(_slot_from(*slot) for slot in slots))
             for step, slots in document["window"]
         )
+
+
+def _slot_from(
+    device: str, offset: int, count: int, ranges: Sequence[Sequence[int]] = ()
+) -> PlannedSlot:
+    return PlannedSlot(device, offset, count, tuple((start, n) for start, n in ranges))
 
 
 def _derive_seed(*parts: int) -> int:

@@ -16,7 +16,10 @@ SUMMARY_FILE = "summary.json"
 
 
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One applied step. ``slots`` are [device, offset, count] in batch order.
+    """One applied step. ``slots`` are ranges [device, offset, count] in batch order.
+
+    Offsets are positions in the device's order of the epoch, which the run's policy decides:
+    ``edge_agent.worker.order_samples``.
 
     ``deviation`` is the L1 distance between the step's class mix and the pooled one.
     ``delta`` is LDS's delay weight. Times in seconds.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from coordinator.planning import Member
 from wire.errors import PeerProtocolError, Refusal
-from wire.messages import Birth, DeviceState, Precision, Telemetry
+from wire.messages import Birth, DeviceState, Precision, SampleOrder, Telemetry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +23,7 @@ class Requirements:
     classes: int
     trainable: bool
     precision: Precision
+    by_class: bool = False
 
 
 @dataclass(slots=True)
@@ -45,7 +46,7 @@ class Device:
         state = self.state
         return state is None or state.boot != self.birth.boot or state.online
 
-    def shortcoming(self, required: Requirements) -> str:
+    def shortcoming(self, required: Requirements) -> str:  # noqa: PLR0911 (a list of checks)
         """Why the device cannot take part, whatever its bundle; empty if it can."""
         birth = self.birth
         if birth is None:
@@ -58,6 +59,8 @@ class Device:
             return f"cannot train: {birth.capabilities.reason or 'no backward pass'}"
         if required.precision not in birth.capabilities.precisions:
             return f"precision {required.precision.value} is not supported"
+        if required.by_class and SampleOrder.BY_CLASS not in birth.capabilities.orders:
+            return "cannot take samples by class, as policy class-targeted asks"
         return ""
 
     def has_bundle(self, required: Requirements) -> bool:

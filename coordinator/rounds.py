@@ -595,7 +595,7 @@ class Rounds:
         kept = tuple(slot for slot in opened.contributed if slot not in opened.lost)
         lost = tuple(slot for slot in opened.contributed if slot in opened.lost)
         for slot in kept:
-            self.account.devices[slot.device].mark_trained((slot.offset, slot.count))
+            self.account.mark_trained(slot.device, slot.spans)
             self.trained[slot.device] += slot.count
             self.attendance.useful(slot.device)
         self.version += 1
@@ -621,7 +621,7 @@ class Rounds:
         for slot in slots:
             opened.awaited.discard(slot)
             opened.lost.add(slot)
-            self.account.devices[slot.device].give_back((slot.offset, slot.count))
+            self.account.give_back(slot.device, slot.spans)
         self._planner.forget()
         if self.phase is Phase.FORWARD:
             return self._maybe_run_server(now_s)
@@ -660,8 +660,8 @@ class Rounds:
 
 
 def _find_slot(plan: PlannedStep, device: str, header: RangeHeader) -> PlannedSlot:
-    slot = PlannedSlot(device, header.offset, header.count)
-    if slot not in plan.slot_set:
+    slot = plan.slots_by_name.get((device, header.offset, header.count))
+    if slot is None:
         raise PeerProtocolError(
             Refusal.NOT_ALLOCATED,
             f"step {header.step} holds no range [{header.offset}, {header.count}] of {device}",

@@ -104,6 +104,7 @@ class TrainingRun:
             classes=manifest.classes,
             trainable=not settings.network.frozen,
             precision=settings.precision,
+            by_class=settings.policy.name.is_by_class,
         )
         self._largest_batch = self._messages_fit(max_payload_bytes)
         self._out = Outgoing(settings, registry, publish, attempt=attempt, bundle=model.digest)
@@ -355,7 +356,7 @@ class TrainingRun:
             deviation=batch_deviation(counts, self._pooled_counts()),
             duration_s=action.duration_s,
             slowest=action.slowest,
-            slots=tuple((slot.device, slot.offset, slot.count) for slot in action.slots),
+            slots=tuple((slot.device, *span) for slot in action.slots for span in slot.spans),
             delta=self.rounds.last_delta,
         )
         self.last_step = record

@@ -8,27 +8,43 @@ the same range can be asked for again, after a crash too, and means the same sam
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 
 from wire.errors import PeerProtocolError, Refusal
-from wire.messages import Allocation, CutGradientHeader, FleetState, Mode, Slot, WeightsHeader
+from wire.messages import (
+    Allocation,
+    CutGradientHeader,
+    FleetState,
+    Mode,
+    SampleOrder,
+    Slot,
+    WeightsHeader,
+)
+
+Ranges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class SendActivations:
-    """Run the client segment on this range and publish its activations."""
+    """Run the client segment on this slot and publish its activations.
+
+    ``ranges`` are its samples as (offset, count) in the allocation's order.
+    """
 
     allocation: Allocation
     slot: Slot
     weights_version: int
+    ranges: Ranges
 
 
 @dataclass(frozen=True, slots=True)
 class SendGradients:
-    """Run the client segment's backward pass on this range and publish the gradients."""
+    """Run the client segment's backward pass on this slot and publish the gradients."""
 
     allocation: Allocation
     slot: Slot
     weights_version: int
+    ranges: Ranges
 
 
 @dataclass(slots=True)
@@ -45,21 +61,25 @@ class Session:
     fleet: FleetState | None = None
     _sent: set[Slot] = field(default_factory=set)
     _answered: set[Slot] = field(default_factory=set)
+    # Of the allocation's slots, and of those sent: a newer one need not name the step under way.
+    _ranges: dict[Slot, Ranges] = field(default_factory=dict)
 
     def on_allocation(self, allocation: Allocation) -> None:
         """Take a new allocation; raises PeerProtocolError for an older or impossible one."""
         held = self.allocation
         if held is not None and held.run == allocation.run and allocation.plan < held.plan:
             raise PeerProtocolError(Refusal.LATE, f"plan {held.plan} is newer")
-        for slot in allocation.slots:
-            if slot.offset + slot.count > self.samples:
+        ranges = _ranges_of(allocation)
+        for offset, count in chain.from_iterable(ranges.values()):
+            if offset + count > self.samples:
                 raise PeerProtocolError(
                     Refusal.NOT_ALLOCATED,
-                    f"range [{slot.offset}, {slot.count}] is beyond {self.samples} samples",
+                    f"range [{offset}, {count}] is beyond {self.samples} samples",
                 )
         if held is None or held.run != allocation.run or held.epoch != allocation.epoch:
             self._sent.clear()
             self._answered.clear()
+        self._ranges = {slot: self._ranges[slot] for slot in self._sent} | ranges
         self.allocation = allocation
 
     def on_weights(self, header: WeightsHeader) -> None:
@@ -94,7 +114,7 @@ class Session:
             raise PeerProtocolError(Refusal.NOT_ALLOCATED, f"{slot} is not ours")
         if slot in self._answered:
             raise PeerProtocolError(Refusal.DUPLICATE, f"{slot} was answered")
-        return SendGradients(allocation, slot, weights.version)
+        return SendGradients(allocation, slot, weights.version, self._ranges[slot])
 
     def next_work(self) -> SendActivations | None:
         """The next range to run forward, or None; ask again after each one."""
@@ -105,7 +125,8 @@ class Session:
         if not due:
             return None
         version = self.weights.version if self.weights and allocation.mode is Mode.LOCKSTEP else 0
-        return SendActivations(allocation, min(due), version)
+        slot = min(due)
+        return SendActivations(allocation, slot, version, self._ranges[slot])
 
     def mark_sent(self, work: SendActivations | SendGradients) -> None:
         """The answer was handed to the broker; without this it stays due."""
@@ -125,3 +146,18 @@ class Session:
         if weights.epoch != allocation.epoch:
             return []
         return [slot for slot in allocation.slots if slot.step == weights.step]
+
+
+def _ranges_of(allocation: Allocation) -> dict[Slot, Ranges]:
+    """The ranges that each slot is made of; PeerProtocolError where they contradict the slots."""
+    if allocation.order is SampleOrder.SHUFFLED:
+        return {slot: ((slot.offset, slot.count),) for slot in allocation.slots}
+    if len(allocation.ranges) != len(allocation.slots):
+        raise PeerProtocolError(
+            Refusal.MALFORMED,
+            f"expected ranges of {len(allocation.slots)} slots, received {len(allocation.ranges)}",
+        )
+    for slot, ranges in zip(allocation.slots, allocation.ranges, strict=True):
+        if sum(count for _, count in ranges) != slot.count or ranges[0][0] != slot.offset:
+            raise PeerProtocolError(Refusal.MALFORMED, f"the ranges of {slot} are not those of it")
+    return dict(zip(allocation.slots, allocation.ranges, strict=True))

@@ -7,7 +7,7 @@ from edge_agent.config import AgentSettings
 from edge_agent.daemon import AgentDaemon
 from edge_agent.datasets import load_data
 from edge_agent.worker import Worker
-from wire.messages import Capabilities
+from wire.messages import Capabilities, SampleOrder
 
 
 def build_daemon(settings: AgentSettings, *, source: str) -> AgentDaemon:
@@ -21,11 +21,14 @@ def build_daemon(settings: AgentSettings, *, source: str) -> AgentDaemon:
 def build_capabilities(settings: AgentSettings, backend: ComputeBackend) -> Capabilities:
     """What the birth says that this device can do."""
     forward = (backend.forward_name,)
+    orders = tuple(order.value for order in SampleOrder)
     if backend.can_backward:
-        return Capabilities(forward=forward, backward=(backend.backward_name,))
+        return Capabilities(forward=forward, backward=(backend.backward_name,), orders=orders)
     why = choose_backward(settings.compute.backward).why
     return Capabilities(
-        forward=forward, reason=f"{why}: it can take part with a frozen client segment"
+        forward=forward,
+        reason=f"{why}: it can take part with a frozen client segment",
+        orders=orders,
     )
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edge_agent.compute import ComputeBackend
 from edge_agent.datasets import LabelledData
-from edge_agent.session import SendActivations, SendGradients
+from edge_agent.session import Ranges, SendActivations, SendGradients
 from wire.bundle import Bundle, TensorSpec
 from wire.codec import decode_tensors, encode_tensors, exact
 from wire.errors import ModelError
@@ -21,10 +21,13 @@ from wire.messages import (
     ActivationsHeader,
     Allocation,
     GradientsHeader,
-    Slot,
+    SampleOrder,
     build_metadata,
 )
 from wire.precision import activation_parts, gradient_parts, read_floats
+
+
+_BatchKey = tuple[int, SampleOrder, Ranges]
 
 
 class Worker:
@@ -36,8 +39,8 @@ class Worker:
         self._bundle: Bundle | None = None
         # The newest payload and the bundle that it is for, until a range needs it.
         self._weights: tuple[str, bytes] | None = None
-        self._permutation: tuple[int, NDArray[np.int64]] | None = None
-        self._batch: tuple[tuple[int, Slot], NDArray[np.float32], NDArray[np.int64]] | None = None
+        self._order: tuple[tuple[int, SampleOrder], NDArray[np.int64]] | None = None
+        self._batch: tuple[_BatchKey, NDArray[np.float32], NDArray[np.int64]] | None = None
 
     def install(self, bundle: Bundle) -> None:
         """Take a bundle into use; raises ModelError if this device cannot serve it."""
@@ -69,7 +72,7 @@ class Worker:
         bundle = self._require_bundle()
         self._load_weights(bundle)
         allocation, slot = work.allocation, work.slot
-        x, y = self._samples(allocation, slot)
+        x, y = self._samples(allocation, work.ranges)
         activations = self._backend.forward(x, token=(slot, work.weights_version))
         parts, metadata = activation_parts("activations", activations, allocation.precision)
         parts["labels"] = exact(y)
@@ -91,7 +94,7 @@ class Worker:
         allocation, slot = work.allocation, work.slot
         shape = (slot.count, *bundle.manifest.activation.shape)
         gradient = read_floats(decode_tensors(cut_gradient), "gradient", shape, limited=False)
-        x, _ = self._samples(allocation, slot)
+        x, _ = self._samples(allocation, work.ranges)
         gradients = self._backend.backward(x, gradient, token=(slot, work.weights_version))
         parts, metadata = gradient_parts(gradients, allocation.precision)
         header = GradientsHeader(
@@ -122,18 +125,29 @@ class Worker:
         self._weights = None
 
     def _samples(
-        self, allocation: Allocation, slot: Slot
+        self, allocation: Allocation, ranges: Ranges
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """The range's samples, kept from the forward pass for the backward pass."""
-        key = (allocation.seed, slot)
+        """The samples of these ranges, kept from the forward pass for the backward pass."""
+        key = (allocation.seed, allocation.order, ranges)
         if self._batch is None or self._batch[0] != key:
-            chosen = self._permuted(allocation.seed)[slot.offset : slot.offset + slot.count]
+            order = self._ordered(allocation.seed, allocation.order)
+            chosen = np.concatenate([order[offset : offset + count] for offset, count in ranges])
             self._batch = (key, self._data.x[chosen], self._data.y[chosen])
         return self._batch[1], self._batch[2]
 
-    def _permuted(self, seed: int) -> NDArray[np.int64]:
+    def _ordered(self, seed: int, order: SampleOrder) -> NDArray[np.int64]:
         """The device's order of samples, rebuilt from the seed of (run, epoch)."""
-        if self._permutation is None or self._permutation[0] != seed:
-            generator = np.random.Generator(np.random.PCG64(seed))
-            self._permutation = (seed, generator.permutation(len(self._data.y)))
-        return self._permutation[1]
+        if self._order is None or self._order[0] != (seed, order):
+            self._order = ((seed, order), order_samples(seed, self._data.y, order))
+        return self._order[1]
+
+
+def order_samples(seed: int, labels: NDArray[np.int64], order: SampleOrder) -> NDArray[np.int64]:
+    """Indices of a device's n samples in the order that offsets count in, (n,).
+
+    By class: class 0's samples first, then class 1's, …, in random order within each.
+    """
+    shuffled = np.random.Generator(np.random.PCG64(seed)).permutation(len(labels))
+    if order is SampleOrder.SHUFFLED:
+        return shuffled
+    return shuffled[np.argsort(labels[shuffled], kind="stable")]

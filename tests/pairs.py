@@ -33,7 +33,7 @@ from coordinator.run import TrainingRun
 from edge_agent.compute import build_backend
 from edge_agent.datasets import LabelledData
 from edge_agent.session import Session
-from edge_agent.worker import Worker
+from edge_agent.worker import Worker, order_samples
 from models.export import export_bundle
 from models.registry import build_network
 from wire.bundle import Bundle
@@ -46,6 +46,7 @@ from wire.messages import (
     CutGradientHeader,
     DeviceState,
     FleetState,
+    SampleOrder,
     WeightsHeader,
     decode_message,
     parse_header,
@@ -105,6 +106,7 @@ class Agent:
     def __init__(self, name: str, x: NDArray[np.float32], y: NDArray[np.int64], bundle: Bundle):
         self.name = name
         self.boot = 1
+        self.orders = tuple(order.value for order in SampleOrder)
         self.refused: Counter[str] = Counter()
         self._data = LabelledData(x=x, y=y, classes=CLASSES)
         self._bundle = bundle
@@ -124,7 +126,7 @@ class Agent:
             samples=len(self._data.y),
             label_counts=tuple(int(count) for count in self._data.label_counts),
             sample_shape=self._data.sample_shape,
-            capabilities=Capabilities(backward=("torch",)),
+            capabilities=Capabilities(backward=("torch",), orders=self.orders),
             bundle=self.session.bundle,
         )
 
@@ -344,7 +346,7 @@ def train_undivided(pair: Pair, *, frozen: bool = False) -> tuple[list[float], d
         optimiser = torch.optim.SGD(trained, lr=settings.lr, momentum=settings.momentum)
     losses = []
     for record in pair.reporter.steps:
-        x, y = _batch_of(pair.samples, record)
+        x, y = _batch_of(pair, record)
         optimiser.zero_grad()
         loss = torch.nn.functional.cross_entropy(network(x), y)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -353,12 +355,13 @@ def train_undivided(pair: Pair, *, frozen: bool = False) -> tuple[list[float], d
     return losses, dict(network.state_dict())
 
 
-def _batch_of(samples: Samples, record: StepRecord) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch_of(pair: Pair, record: StepRecord) -> tuple[torch.Tensor, torch.Tensor]:
+    by_class = pair.run.settings.policy.name.is_by_class
+    kind = SampleOrder.BY_CLASS if by_class else SampleOrder.SHUFFLED
     xs, ys = [], []
     for device, offset, count in record.slots:
-        x, y = samples[device]
-        seed = permutation_seed(SEED, record.epoch, device)
-        order = np.random.Generator(np.random.PCG64(seed)).permutation(len(y))
+        x, y = pair.samples[device]
+        order = order_samples(permutation_seed(SEED, record.epoch, device), y, kind)
         rows = order[offset : offset + count]
         xs.append(x[rows])
         ys.append(y[rows])

@@ -257,8 +257,10 @@ class Owner:
         key = (self.rounds.epoch, slot.device)
         held = self.rounds.account.devices[slot.device].samples
         seen = self.trained.setdefault(key, np.zeros(held, np.int64))
-        assert slot.offset + slot.count <= held
-        seen[slot.offset : slot.offset + slot.count] += 1
+        assert sum(count for _, count in slot.spans) == slot.count
+        for offset, count in slot.spans:
+            assert offset + count <= held
+            seen[offset : offset + count] += 1
         assert seen.max() == 1, f"{slot} was trained twice"
 
     def _end_epoch(self, end: EndEpoch) -> list[Action]:
@@ -279,7 +281,7 @@ class Owner:
         for name, account in rounds.account.devices.items():
             document = account.document()
             outstanding = {tuple(span) for span in document["outstanding"]}
-            planned = [(slot.offset, slot.count) for _, slot in rounds.slots_of(name)]
+            planned = [span for _, slot in rounds.slots_of(name) for span in slot.spans]
             assert len(planned) == len(set(planned))
             assert set(planned) == outstanding
             spans = sorted([*document["free"], *document["outstanding"]])

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from coordinator.accounting import DeviceAccount, EpochAccount, Range
+from coordinator.accounting import DeviceAccount, EpochAccount, Range, class_blocks
 from wire.errors import LocalProtocolError
 
 FREE, OUTSTANDING, TRAINED = "free", "outstanding", "trained"
@@ -158,3 +158,31 @@ def test_epoch_survives_being_written_down() -> None:
     assert copy.document() == epoch.document()
     copy.devices["a"].mark_trained(spans[2])
     assert (copy.trained, epoch.trained) == (4, 2)
+
+
+def test_samples_are_taken_from_the_block_of_a_class() -> None:
+    account = DeviceAccount(20)
+    blocks = class_blocks([6, 0, 10, 4])
+    assert blocks == [(0, 6), (6, 0), (6, 10), (16, 4)]
+    assert account.take(4, within=blocks[2]) == [(6, 4)]
+    assert account.take(2, within=blocks[0]) == [(0, 2)]
+    assert [account.free_within(block) for block in blocks] == [4, 0, 6, 4]
+    assert account.take(6, within=blocks[2]) == [(10, 6)]
+    account.give_back((6, 4))
+    assert account.take(3, within=blocks[2]) == [(6, 3)]
+    with pytest.raises(LocalProtocolError, match="cannot take 2 samples, 1 are free"):
+        account.take(2, within=blocks[2])
+    assert account.free == 9
+
+
+def test_all_blocks_together_are_all_samples_once() -> None:
+    account = DeviceAccount(12)
+    taken = [
+        position
+        for block in class_blocks([5, 4, 3])
+        for count in (2, 1)
+        for offset, size in account.take(count, within=block)
+        for position in range(offset, offset + size)
+    ]
+    rest = [p for offset, size in account.take(account.free) for p in range(offset, offset + size)]
+    assert sorted(taken + rest) == list(range(12))

@@ -14,6 +14,7 @@ from coordinator.accounting import EpochAccount
 from coordinator.allocation import Policy
 from coordinator.planning import (
     Member,
+    PlannedSlot,
     PlannedStep,
     PolicySettings,
     WindowPlanner,
@@ -62,7 +63,7 @@ class Epoch:
         """Take the next planned step and count it as trained."""
         step = self.planner.window.popleft()
         for slot in step.slots:
-            self.account.devices[slot.device].mark_trained((slot.offset, slot.count))
+            self.account.mark_trained(slot.device, slot.spans)
         self.next_step = step.step + 1
         return step
 
@@ -207,6 +208,7 @@ POLICIES = {
     "lds": PolicySettings(
         name=Policy.LDS, delta=0.7, refit_every=3, delays_s={"a": 0.2, "b": 3.0, "c": 0.5}
     ),
+    "class-targeted": PolicySettings(name=Policy.CLASS_TARGETED, refit_every=3),
     "lds-budget": PolicySettings(
         name=Policy.LDS, deviation_budget=0.2, refit_every=3, delays_s={"a": 0.2, "b": 3.0}
     ),
@@ -236,6 +238,81 @@ def test_restored_planner_builds_with_the_seeds_that_would_have_come() -> None:
     other = one.copy(_ugs())
     assert with_a_loss(one) == with_a_loss(other)
     assert one.planner.builds == other.planner.builds == 2
+
+
+def _classes_of(member: Member, slot: PlannedSlot) -> list[int]:
+    """Samples per class in a slot of the order by class."""
+    labels = np.repeat(np.arange(len(member.label_counts)), member.label_counts)
+    rows = [labels[offset : offset + count] for offset, count in slot.spans]
+    return np.bincount(np.concatenate(rows), minlength=len(member.label_counts)).tolist()
+
+
+CLASS_TARGETED = PolicySettings(
+    name=Policy.CLASS_TARGETED, refit_every=3, delays_s={"a": 0.2, "b": 3.0, "c": 0.5}
+)
+
+
+def test_planned_classes_become_one_slot_per_device_with_ranges_by_class() -> None:
+    epoch = Epoch(CLASS_TARGETED)
+    steps = epoch.train_all()
+    assert epoch.account.untrained() == {}
+    total = np.zeros(3, dtype=np.int64)
+    for step in steps:
+        assert [slot.device for slot in step.slots] == sorted(step.devices)
+        for slot in step.slots:
+            assert slot.offset == slot.spans[0][0]
+            assert slot.count == sum(count for _, count in slot.spans)
+            total += _classes_of(MEMBERS[slot.device], slot)
+    assert total.tolist() == [35, 30, 30]
+
+
+def test_class_counts_of_planned_steps_are_those_of_uniform_sampling() -> None:
+    steps = Epoch(CLASS_TARGETED).train_all()
+    mixes = [
+        np.sum([_classes_of(MEMBERS[slot.device], slot) for slot in step.slots], axis=0).tolist()
+        for step in steps
+    ]
+    pooled = [[35, 0, 0], [0, 30, 0], [0, 0, 30]]
+    epoch = Epoch(_ugs())
+    epoch.members = {f"class-{m}": Member(f"class-{m}", tuple(row)) for m, row in enumerate(pooled)}
+    epoch.account = EpochAccount()
+    for member in epoch.members.values():
+        epoch.account.add(member.device, member.samples)
+    uniform = [
+        [sum(s.count for s in step.slots if s.device == name) for name in sorted(epoch.members)]
+        for step in epoch.train_all()
+    ]
+    assert mixes == uniform
+
+
+def test_lost_ranges_by_class_are_planned_again_as_what_they_are() -> None:
+    epoch = Epoch(CLASS_TARGETED)
+    epoch.refill(4)
+    first = epoch.train()
+    epoch.planner.clear(epoch.account)
+    rest = epoch.train_all()
+    total = np.sum(
+        [_classes_of(MEMBERS[slot.device], slot) for step in (first, *rest) for slot in step.slots],
+        axis=0,
+    )
+    assert total.tolist() == [35, 30, 30]
+    assert epoch.account.untrained() == {}
+
+
+def test_measured_delays_reach_the_planner_of_classes_in_both_parts() -> None:
+    epoch = Epoch(PolicySettings(name=Policy.CLASS_TARGETED))
+    asked: list[list[int]] = []
+
+    def measured(ids: Sequence[str], counts: Sequence[int]) -> NDArray[np.float64]:
+        asked.append(list(counts))
+        return np.array([0.5 + 0.1 * count for count in counts])
+
+    epoch.delays_of = measured
+    epoch.refill(2)
+    assert asked == [[0, 0, 0], [1, 1, 1]]
+    state = epoch.planner.document()["planner"]
+    assert state["delays_s"] == [0.5] * 3
+    assert state["per_sample_s"] == pytest.approx([0.1] * 3)
 
 
 def test_each_build_draws_anew() -> None:

@@ -28,7 +28,7 @@ class FleetMachine(RuleBasedStateMachine):
         samples=st.tuples(*[st.integers(1, 14)] * len(DEVICES)),
         global_batch=st.integers(1, 12),
         min_devices=st.integers(1, 2),
-        policy=st.sampled_from([Policy.UGS, Policy.LDS, Policy.FPLS]),
+        policy=st.sampled_from([Policy.UGS, Policy.LDS, Policy.FPLS, Policy.CLASS_TARGETED]),
         fixed_s=st.sampled_from([None, 8.0]),
     )
     def begin(

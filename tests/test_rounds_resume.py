@@ -25,6 +25,7 @@ POLICIES = {
     "ugs": PolicySettings(name=Policy.UGS, refit_every=2),
     "lds": LDS,
     "fls": PolicySettings(name=Policy.FLS),
+    "class-targeted": PolicySettings(name=Policy.CLASS_TARGETED, refit_every=2),
 }
 
 

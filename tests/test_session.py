@@ -63,12 +63,12 @@ def test_nothing_is_due_before_the_go() -> None:
 def test_weights_are_the_go_of_their_own_step_only() -> None:
     session = _session()
     session.on_weights(_weights(1))
-    assert session.next_work() == SendActivations(ALLOCATION, Slot(1, 0, 4), 0)
+    assert session.next_work() == SendActivations(ALLOCATION, Slot(1, 0, 4), 0, ((0, 4),))
     assert _send_all(session) == [Slot(1, 0, 4)]
     session.on_weights(_weights(3))
     assert session.next_work() is None
     session.on_weights(_weights(4))
-    assert session.next_work() == SendActivations(ALLOCATION, Slot(4, 8, 4), 3)
+    assert session.next_work() == SendActivations(ALLOCATION, Slot(4, 8, 4), 3, ((8, 4),))
 
 
 def test_weights_that_came_before_the_allocation_count() -> None:
@@ -189,7 +189,7 @@ def test_cut_gradient_asks_for_the_backward_pass_once() -> None:
     session.on_weights(_weights(2))
     _send_all(session)
     work = session.on_cut_gradient(_cut(2, 4, 4))
-    assert work == SendGradients(ALLOCATION, Slot(2, 4, 4), 1)
+    assert work == SendGradients(ALLOCATION, Slot(2, 4, 4), 1, ((4, 4),))
     assert session.on_cut_gradient(_cut(2, 4, 4)) == work  # not handed over yet
     session.mark_sent(work)
     assert _reason(session, _cut(2, 4, 4)) is Refusal.DUPLICATE

@@ -43,7 +43,8 @@ from wire.topics import Address, Channel, Direction, build_topic, is_valid_name,
 
 GOLDEN_ALLOCATION = (
     b'{"run":"digits.1","epoch":2,"seed":12345,"plan":7,"bundle":"ab12","slots":[[40,0,8],'
-    b'[42,8,3]],"precision":"fp16","mode":"lockstep","ahead":0,"rank":0}'
+    b'[42,8,3]],"precision":"fp16","mode":"lockstep","ahead":0,"rank":0,'
+    b'"order":"shuffled","ranges":[]}'
 )
 GOLDEN_TENSORS = (
     b"X\x00\x00\x00\x00\x00\x00\x00"

@@ -37,7 +37,7 @@ from wire.precision import read_floats, read_labels
 from wire.topics import Channel, build_topic
 
 INPUT_SHAPE, CLASSES, SAMPLES, SEED = (5,), 3, 20, 99
-SLOT = Slot(4, 3, 6)
+SLOT, RANGES = Slot(4, 3, 6), ((3, 6),)
 
 
 @cache
@@ -77,11 +77,11 @@ def _allocation(bundle: Bundle, precision: Precision = Precision.FP32, seed: int
 
 
 def _send(bundle: Bundle, version: int = 0, **kwargs: Any) -> SendActivations:
-    return SendActivations(_allocation(bundle, **kwargs), SLOT, version)
+    return SendActivations(_allocation(bundle, **kwargs), SLOT, version, RANGES)
 
 
 def _answer(bundle: Bundle, version: int = 0, **kwargs: Any) -> SendGradients:
-    return SendGradients(_allocation(bundle, **kwargs), SLOT, version)
+    return SendGradients(_allocation(bundle, **kwargs), SLOT, version, RANGES)
 
 
 def _rows(seed: int = SEED) -> Any:

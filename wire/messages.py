@@ -45,13 +45,27 @@ class Mode(StrEnum):
     FROZEN = "frozen"
 
 
+class SampleOrder(StrEnum):
+    """The order of a device's samples that offsets count in, made from the allocation's seed.
+
+    ``shuffled``: a random permutation. ``by-class``: that permutation sorted by label, stably.
+    """
+
+    SHUFFLED = "shuffled"
+    BY_CLASS = "by-class"
+
+
 class Capabilities(Message, frozen=True, kw_only=True):
-    """What a device can compute: backends by name; an empty ``backward`` means it cannot train."""
+    """What a device can compute: backends by name; an empty ``backward`` means it cannot train.
+
+    ``orders`` names the sample orders that it knows; those that we do not know are no matter.
+    """
 
     forward: tuple[Text, ...] = ("onnxruntime",)
     backward: tuple[Text, ...] = ()
     precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16, Precision.INT8)
     reason: Text = ""
+    orders: tuple[Text, ...] = (SampleOrder.SHUFFLED.value,)
 
 
 class Birth(Message, frozen=True, kw_only=True):
@@ -91,10 +105,15 @@ class Slot(Message, frozen=True, kw_only=False, array_like=True, order=True):
     count: Positive
 
 
+Range = tuple[NonNegative, Positive]  # offset, count
+
+
 class Allocation(Message, frozen=True, kw_only=True):
     """All that a device is to contribute from now on; replaces what it held before.
 
-    Offsets index the device's permutation for (run, epoch), rebuilt from ``seed``.
+    Offsets index the device's samples in ``order`` for (run, epoch), rebuilt from ``seed``. In the
+    order by class a slot is made of several ranges: ``ranges`` holds them, an entry per slot, and
+    the slot has the offset of the first and the count of all. Else ``ranges`` is empty.
     ``plan`` grows with every replanning; an older one is ignored. ``rank`` is the coordinator
     rank to answer to (always 0 today). ``ahead`` is how many steps a device may be in front of
     ``fleet/state`` in frozen mode.
@@ -110,6 +129,8 @@ class Allocation(Message, frozen=True, kw_only=True):
     mode: Mode = Mode.LOCKSTEP
     ahead: NonNegative = 0
     rank: NonNegative = 0
+    order: SampleOrder = SampleOrder.SHUFFLED
+    ranges: tuple[tuple[Range, ...], ...] = ()
 
 
 class FleetState(Message, frozen=True, kw_only=True):

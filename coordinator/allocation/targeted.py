@@ -19,10 +19,17 @@ from typing import Any
 
 import numpy as np
 
+from coordinator.allocation.budget import LEAST_DELAY_RANGE
 from coordinator.allocation.draws import draw_hypergeometric
 from coordinator.allocation.fleet import Delays, Fleet, State
 from coordinator.allocation.pace import plan_pace
-from coordinator.allocation.supply import Demand, fill_as_far, shortest_s, smallest_supply
+from coordinator.allocation.supply import (
+    Demand,
+    Speeds,
+    fill_as_far,
+    shortest_s,
+    smallest_supply,
+)
 from coordinator.allocation.validation import IntArray
 
 # The solver takes some 5 ms for so many pairs of a device and a class that it holds, and a step
@@ -37,7 +44,7 @@ class ClassTargetedSampling:
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._delays = fleet.delays
+        self._use(fleet.delays)
         self._slowest_first = np.zeros(0, dtype=np.int64)
         self._holders: tuple[IntArray, ...] = ()
         self._pace_s = 0.0
@@ -59,7 +66,7 @@ class ClassTargetedSampling:
         demand = Demand(
             wanted_M=wanted_M, remaining_MK=remaining_MK, room_K=room_K, holders=self._holders
         )
-        speeds = self._delays.speeds
+        speeds = self._speeds
         least_s = max(self._pace_s, shortest_s(speeds, room_K > 0))
         supply_MK = smallest_supply(
             demand, speeds, least_s=least_s, exactly=self._is_small(remaining_MK)
@@ -68,7 +75,7 @@ class ClassTargetedSampling:
 
     def replan(self, delays: Delays) -> None:
         """Order devices by these delays before the next step."""
-        self._delays = delays
+        self._use(delays)
         self._stale = True
 
     def state(self) -> State:
@@ -88,6 +95,19 @@ class ClassTargetedSampling:
         self._steps_since_refit = int(state["steps_since_refit"])
         self._stale = bool(state["stale"])
 
+    def _use(self, delays: Delays) -> None:
+        """Where delays are alike, as before the first measurement, even shares are sought."""
+        held_K = self._fleet.held_K
+        fixed_K = delays.speeds.fixed_K[held_K > 0]
+        longest_s = float(fixed_K.max(initial=0.0))
+        alike = longest_s - float(fixed_K.min(initial=longest_s)) <= LEAST_DELAY_RANGE * longest_s
+        self._is_even = alike and not delays.speeds.per_sample_K.any()
+        self._speeds = delays.speeds
+        if self._is_even:
+            self._speeds = Speeds(
+                fixed_K=np.zeros(held_K.shape), per_sample_K=1.0 / np.maximum(held_K, 1)
+            )
+
     def _is_small(self, remaining_MK: IntArray) -> bool:
         return int(np.count_nonzero(remaining_MK)) <= MOST_PAIRS_SOLVED
 
@@ -106,7 +126,7 @@ class ClassTargetedSampling:
 
         Among equals those with most samples left go first: they are needed longest.
         """
-        speeds = self._delays.speeds
+        speeds = self._speeds
         typical_K = self._fleet.global_batch * (left_K / int(left_K.sum()))
         slowness_K = speeds.fixed_K + speeds.per_sample_K * np.maximum(typical_K, 1.0)
         order: IntArray = np.lexsort((-left_K, -slowness_K))
@@ -114,19 +134,17 @@ class ClassTargetedSampling:
 
     def _pace(self, remaining_MK: IntArray, room_K: IntArray) -> float:
         """Least time of a step; only a time per sample makes it pay to wait."""
-        speeds = self._delays.speeds
-        if not speeds.per_sample_K.any():
+        if self._is_even or not self._speeds.per_sample_K.any():
             return 0.0
         return plan_pace(
-            remaining_MK, room_K, speeds, global_batch=self._fleet.global_batch
+            remaining_MK, room_K, self._speeds, global_batch=self._fleet.global_batch
         ).least_s
 
     def _under_caps(self, rng: np.random.Generator, demand: Demand) -> IntArray:
         """Supply what caps permit, and draw what is missing from devices with room."""
         counts_MK = np.zeros(demand.shape, dtype=np.int64)
-        speeds = self._delays.speeds
         while True:
-            added_MK, missing = fill_as_far(demand, speeds, math.inf)
+            added_MK, missing = fill_as_far(demand, self._speeds, math.inf)
             counts_MK += added_MK
             room_K = demand.room_K - added_MK.sum(axis=0)
             left_MK = demand.remaining_MK - added_MK
