@@ -26,7 +26,6 @@ from wire.messages import (
 )
 from wire.precision import activation_parts, gradient_parts, read_floats
 
-
 _BatchKey = tuple[int, SampleOrder, Ranges]
 
 

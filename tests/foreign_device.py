@@ -166,7 +166,7 @@ class Device:
         self.download: tuple[dict, bytearray] | None = None
         self.allocation: dict | None = None
         self.go: dict[str, str] | None = None
-        self.answered: set[tuple[str, int, int, int]] = set()
+        self.answered: dict[tuple[str, int, int, int], np.ndarray] = {}  # slot -> its samples
         self.dropped: list[str] = []
         self.boot = 0
         self.client = self._build_client()
@@ -243,12 +243,14 @@ class Device:
 
     def _announce(self) -> None:
         counts = np.bincount(self.y, minlength=self.options.classes)
+        capabilities = {"backward": ["by-hand"], "precisions": ["fp32", "fp16"]}
+        capabilities["orders"] = ["shuffled", "by-class"]
         birth = {
             "boot": self.boot,
             "samples": len(self.y),
             "label_counts": counts.tolist(),
             "sample_shape": list(self.x.shape[1:]),
-            "capabilities": {"backward": ["by-hand"], "precisions": ["fp32", "fp16"]},
+            "capabilities": capabilities,
             "bundle": self.segment.digest if self.segment else None,
             "agent": "foreign-device/1",
         }
@@ -320,11 +322,11 @@ class Device:
             return
         if (go["run"], int(go["epoch"])) != (plan["run"], plan["epoch"]):
             return
-        for step, offset, count in plan["slots"]:
+        for index, (step, offset, count) in enumerate(plan["slots"]):
             slot = (plan["run"], step, offset, count)
             if step != int(go["step"]) or slot in self.answered:
                 continue
-            rows = self._rows(offset, count)
+            rows = self._rows(index)
             tensors = {"activations": segment.forward(self.x[rows])}
             extra: dict[str, str] = {}
             if plan["precision"] == "fp16":
@@ -332,7 +334,7 @@ class Device:
             tensors["labels"] = self.y[rows]
             header = self._header(step, offset, count) | {"bundle": segment.digest} | extra
             self._publish("activations", write_tensors(tensors, header), TENSOR_TYPE)
-            self.answered.add(slot)
+            self.answered[slot] = rows
 
     def _on_cut_gradient(self, payload: bytes) -> None:
         header, tensors = read_tensors(payload)
@@ -340,20 +342,26 @@ class Device:
         if not (plan and go and segment) or header["run"] != plan["run"]:
             raise DroppedError("another run")
         step, offset, count = (int(header[name]) for name in ("step", "offset", "count"))
-        if step != int(go["step"]) or (plan["run"], step, offset, count) not in self.answered:
+        rows = self.answered.get((plan["run"], step, offset, count))
+        if step != int(go["step"]) or rows is None:
             raise DroppedError("not a slot under way")
-        gradients = segment.backward(self.x[self._rows(offset, count)], tensors["gradient"])
+        gradients = segment.backward(self.x[rows], tensors["gradient"])
         extra: dict[str, str] = {}
         if plan["precision"] == "fp16":
             gradients, extra = in_fp16(gradients, largest_exponent=120)
         payload = write_tensors(gradients, self._header(step, offset, count) | extra)
         self._publish("gradients", payload, TENSOR_TYPE)
 
-    def _rows(self, offset: int, count: int) -> np.ndarray:
+    def _rows(self, index: int) -> np.ndarray:
         """A way of our own to order the samples: another generator, read backwards."""
-        assert self.allocation is not None
-        generator = np.random.Generator(np.random.Philox(self.allocation["seed"]))
-        return generator.permutation(len(self.y))[::-1][offset : offset + count]
+        plan = self.allocation
+        assert plan is not None
+        order = np.random.Generator(np.random.Philox(plan["seed"])).permutation(len(self.y))[::-1]
+        ranges = [plan["slots"][index][1:]]
+        if plan["order"] == "by-class":
+            order = order[np.argsort(self.y[order], kind="stable")]
+            ranges = plan["ranges"][index]
+        return np.concatenate([order[offset : offset + count] for offset, count in ranges])
 
     def _header(self, step: int, offset: int, count: int) -> dict[str, object]:
         assert self.allocation is not None and self.go is not None  # noqa: PT018

@@ -62,7 +62,7 @@ def _start_foreign(fleet: Fleet, path: str) -> Process:
     return process
 
 
-def _train(fleet: Fleet, precision: str) -> dict[str, Any]:
+def _train(fleet: Fleet, precision: str, policy: str) -> dict[str, Any]:
     """Train to the end; the last words of the foreign device."""
     for device, (x, y) in _parts().items():
         path = fleet.write_data(device, x, y)
@@ -77,7 +77,7 @@ def _train(fleet: Fleet, precision: str) -> dict[str, Any]:
         epochs=EPOCHS,
         global_batch=40,
         min_devices=len(SAMPLES),
-        policy={"name": "ugs"},
+        policy={"name": policy},
         optimiser={"name": "sgd", "lr": LR},
         precision=precision,
         seed=SEED,
@@ -89,15 +89,15 @@ def _train(fleet: Fleet, precision: str) -> dict[str, Any]:
     return words
 
 
-def _order(device: str, epoch: int, samples: int) -> NDArray[np.int64]:
+def _order(device: str, epoch: int, y: NDArray[np.int64], policy: str) -> NDArray[np.int64]:
     """Our agents' permutation, and the foreign device's own."""
     seed = permutation_seed(SEED, epoch, device)
-    if device != FOREIGN:
-        return np.random.Generator(np.random.PCG64(seed)).permutation(samples)
-    return np.random.Generator(np.random.Philox(seed)).permutation(samples)[::-1]
+    bits = np.random.Philox(seed) if device == FOREIGN else np.random.PCG64(seed)
+    order = np.random.Generator(bits).permutation(len(y))[:: -1 if device == FOREIGN else 1]
+    return order[np.argsort(y[order], kind="stable")] if policy == "class-targeted" else order
 
 
-def _train_undivided(fleet: Fleet) -> dict[str, torch.Tensor]:
+def _train_undivided(fleet: Fleet, policy: str) -> dict[str, torch.Tensor]:
     """The whole network in one process on the batches that the fleet's log names."""
     network = build_network(
         "mlp", input_shape=(1, 8, 8), classes=10, arguments={"hidden": [64]}, seed=SEED
@@ -105,10 +105,10 @@ def _train_undivided(fleet: Fleet) -> dict[str, torch.Tensor]:
     optimiser = torch.optim.SGD(network.parameters(), lr=LR)
     parts = _parts()
     for step in fleet.steps():
-        rows = [
-            (parts[device], _order(device, step.epoch, SAMPLES[device])[offset : offset + count])
-            for device, offset, count in step.slots
-        ]
+        rows = []
+        for device, offset, count in step.slots:
+            order = _order(device, step.epoch, parts[device][1], policy)
+            rows.append((parts[device], order[offset : offset + count]))
         x = torch.from_numpy(np.concatenate([part[0][chosen] for part, chosen in rows]))
         y = torch.from_numpy(np.concatenate([part[1][chosen] for part, chosen in rows]))
         optimiser.zero_grad()
@@ -124,19 +124,23 @@ def _fleet_weights(fleet: Fleet) -> dict[str, torch.Tensor]:
 
 @pytest.mark.broker
 @pytest.mark.processes
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 1e-2)])
+@pytest.mark.parametrize(
+    ("precision", "policy", "tolerance"),
+    [("fp32", "class-targeted", 1e-4), ("fp16", "ugs", 1e-2)],
+)
 def test_a_foreign_device_and_two_of_ours_train_like_one_undivided_network(
     tmp_path: Path,
     shared_mosquitto: EmbeddedBroker,
     fleet: str,
     precision: str,
+    policy: str,
     tolerance: float,
 ) -> None:
     with running_fleet(tmp_path, shared_mosquitto.port, fleet) as processes:
-        words = _train(processes, precision)
+        words = _train(processes, precision, policy)
         summary = processes.summary()
         assert_trained_exactly_once(processes.steps(), SAMPLES, epochs=EPOCHS)
-        reference = _train_undivided(processes)
+        reference = _train_undivided(processes, policy)
         ours = _fleet_weights(processes)
     assert words["dropped"] == []
     assert not {name.partition(".")[0] for name in words["modules"]} & OURS

@@ -26,6 +26,8 @@ MOMENTUM = {"name": "sgd", "lr": 0.05, "momentum": 0.9}
 ADAM = {"name": "adam", "lr": 0.01}
 LDS = {"name": "lds", "delta": 0.5, "refit_every": 2, "delays_s": {"a": 0.1, "b": 1.0, "c": 0.3}}
 
+CLASS_TARGETED = {"name": "class-targeted", "refit_every": 2, "delays_s": {"a": 0.1, "b": 1.0}}
+
 
 def _pair(tmp_path: Path, *, frozen: bool = False, attempt: int = 1, **settings: Any) -> Pair:
     return Pair(tmp_path, SAMPLES, settings, frozen, attempt)
@@ -46,7 +48,7 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     [(SGD, 1e-6), (MOMENTUM, 1e-6), (ADAM, 1e-5)],
     ids=["sgd", "momentum", "adam"],
 )
-@pytest.mark.parametrize("policy", [{"name": "ugs"}, LDS], ids=["ugs", "lds"])
+@pytest.mark.parametrize("policy", [{"name": "ugs"}, LDS, CLASS_TARGETED], ids=lambda p: p["name"])
 def test_fleet_equals_the_undivided_network(
     tmp_path: Path, optimiser: dict[str, Any], policy: dict[str, Any], tolerance: float
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 
@@ -157,3 +159,14 @@ def test_refusals_are_counted_by_device_and_reason() -> None:
     assert registry.refused == {"shape": 1, "unknown-topic": 1}
     assert registry.refused_in_all() == {"late": 3, "shape": 2, "unknown-topic": 1}
     assert "stranger" not in registry.devices  # strangers cost no memory
+
+
+def test_device_that_cannot_take_samples_by_class_is_left_out_where_classes_are_planned() -> None:
+    by_class = replace(REQUIRED, by_class=True)
+    registry = Registry()
+    old = registry.on_birth("old", _birth())
+    assert old.shortcoming(REQUIRED) == ""
+    assert "cannot take samples by class" in old.shortcoming(by_class)
+    knows = Capabilities(backward=("torch",), orders=("shuffled", "by-class", "of-tomorrow"))
+    new = registry.on_birth("new", _birth(capabilities=knows))
+    assert new.shortcoming(by_class) == new.shortcoming(REQUIRED) == ""

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
 from edge_agent.session import SendActivations, SendGradients, Session
 from wire.errors import PeerProtocolError, Refusal
-from wire.messages import Allocation, CutGradientHeader, FleetState, Mode, Slot, WeightsHeader
+from wire.messages import (
+    Allocation,
+    CutGradientHeader,
+    FleetState,
+    Mode,
+    SampleOrder,
+    Slot,
+    WeightsHeader,
+)
 
 BUNDLE = "digest"
 ALLOCATION = Allocation(
@@ -282,3 +292,51 @@ def test_steps_already_sent_are_forgotten_only_when_they_are_over() -> None:
     assert [slot.step for slot in _send_all(session)] == [5]
     session.on_fleet_state(FleetState(online=True, run="run.1", step=2))
     assert session.next_work() is None
+
+
+BY_CLASS = msgspec.structs.replace(
+    ALLOCATION,
+    order=SampleOrder.BY_CLASS,
+    slots=(Slot(1, 2, 5), Slot(2, 0, 2)),
+    ranges=(((2, 3), (9, 2)), ((0, 2),)),
+)
+
+
+def test_slots_of_the_order_by_class_carry_their_ranges() -> None:
+    session = _session(BY_CLASS)
+    session.on_weights(_weights(1))
+    work = session.next_work()
+    assert work is not None
+    assert (work.slot, work.ranges) == (Slot(1, 2, 5), ((2, 3), (9, 2)))
+
+
+def test_ranges_of_a_slot_under_way_outlive_an_allocation_that_does_not_name_it() -> None:
+    session = _session(BY_CLASS)
+    session.on_weights(_weights(1))
+    work = session.next_work()
+    assert work is not None
+    session.mark_sent(work)
+    rest = {"slots": BY_CLASS.slots[1:], "ranges": BY_CLASS.ranges[1:]}
+    session.on_allocation(msgspec.structs.replace(BY_CLASS, plan=2, **rest))
+    assert session.on_cut_gradient(_cut(1, 2, 5)).ranges == ((2, 3), (9, 2))
+
+
+@pytest.mark.parametrize(
+    ("ranges", "reason"),
+    [
+        ((), Refusal.MALFORMED),
+        ((((2, 3), (9, 2)),), Refusal.MALFORMED),
+        ((((2, 3), (9, 1)), ((0, 2),)), Refusal.MALFORMED),
+        ((((3, 3), (9, 2)), ((0, 2),)), Refusal.MALFORMED),
+        (((), ((0, 2),)), Refusal.MALFORMED),
+        ((((2, 3), (99_999, 2)), ((0, 2),)), Refusal.NOT_ALLOCATED),
+    ],
+)
+def test_ranges_that_are_not_those_of_the_slots_are_refused(
+    ranges: tuple[Any, ...], reason: Refusal
+) -> None:
+    session = _session(None)
+    with pytest.raises(PeerProtocolError) as refused:
+        session.on_allocation(msgspec.structs.replace(BY_CLASS, ranges=ranges))
+    assert refused.value.reason is reason
+    assert session.allocation is None

@@ -17,7 +17,7 @@ from edge_agent.config import AgentSettings
 from edge_agent.daemon import AgentDaemon
 from edge_agent.datasets import LabelledData
 from edge_agent.session import SendActivations, SendGradients
-from edge_agent.worker import Worker
+from edge_agent.worker import Worker, order_samples
 from wire.bundle import Bundle
 from wire.codec import Tensors, decode_tensors, encode_tensors, exact
 from wire.errors import ModelError, PeerProtocolError, Refusal
@@ -28,6 +28,7 @@ from wire.messages import (
     Capabilities,
     GradientsHeader,
     Precision,
+    SampleOrder,
     Slot,
     WeightsHeader,
     build_metadata,
@@ -327,3 +328,28 @@ def test_agent_drops_weights_that_it_cannot_use_and_goes_on_with_the_next(
         daemon._turn()  # does what is due
     assert broker.published.count(Channel.ACTIVATIONS) == 1
     assert daemon._telemetry().refused == {"non-finite": 1, "malformed": 1}
+
+
+def test_order_by_class_is_the_permutation_sorted_by_label() -> None:
+    labels = np.array([2, 0, 1, 0, 2, 2, 0, 1])
+    shuffled = order_samples(7, labels, SampleOrder.SHUFFLED)
+    by_class = order_samples(7, labels, SampleOrder.BY_CLASS)
+    assert sorted(by_class.tolist()) == list(range(8))
+    assert labels[by_class].tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    for label in range(3):
+        own = [i for i in shuffled.tolist() if labels[i] == label]
+        assert [i for i in by_class.tolist() if labels[i] == label] == own
+    assert any(
+        order_samples(seed, labels, SampleOrder.BY_CLASS).tolist() != by_class.tolist()
+        for seed in range(5)
+    )
+
+
+def test_ranges_by_class_are_sent_in_their_order_with_their_labels(bundle: Bundle) -> None:
+    allocation = msgspec.structs.replace(_allocation(bundle), order=SampleOrder.BY_CLASS)
+    labels = _data().y
+    order = order_samples(SEED, labels, SampleOrder.BY_CLASS)
+    work = SendActivations(allocation, SLOT, 0, ((3, 2), (14, 4)))
+    tensors = decode_tensors(_worker(bundle).activations(work))
+    expected = labels[np.concatenate([order[3:5], order[14:18]])]
+    assert tensors.require("labels").tolist() == expected.tolist()
