@@ -46,6 +46,7 @@ class BundleOffers:
             digest=self._model.digest,
             size_bytes=len(self._model.bundle_bytes),
             chunk_bytes=CHUNK_BYTES,
+            good_steps=1,  # in use at once; a device that dies of it goes back by itself
             name=manifest.name,
             version=manifest.version,
         )

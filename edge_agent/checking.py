@@ -15,6 +15,7 @@ from edge_agent.measuring.capacity import find_capacity
 from edge_agent.measuring.memory import available_bytes
 from edge_agent.measuring.text import format_bytes, format_milliseconds
 from edge_agent.measuring.timing import time_steps
+from edge_agent.slots import find_file_in_use
 from edge_agent.start import build_settings_backend
 from edge_agent.worker import Worker
 from wire.bundle import Bundle
@@ -22,6 +23,7 @@ from wire.errors import ConfigError, ModelError, TransportError
 from wire.exit_codes import ExitCode
 from wire.inbox import Inbox
 from wire.mqtt import MqttConnection, wait_for_connection
+from wire.signing import load_trusted_keys
 from wire.topics import build_client_id
 
 BROKER_TIMEOUT_S = 5.0
@@ -53,6 +55,7 @@ def check_device(
         found: FoundBundle | None = read_bundle(bundle_path, settings.max_bundle_bytes)
     else:
         found = find_used_bundle(settings)
+    trust = load_trusted_keys(settings.bundle_keys, source=source)
     failure = _try_broker(settings)
     return {
         "device": settings.device,
@@ -62,6 +65,7 @@ def check_device(
         "label_counts": data.label_counts.tolist(),
         **_describe_backend(settings, backend),
         **_describe_bundle(settings, backend, data, found),
+        "bundle_keys": [] if trust is None else [key.key_id for key in trust.keys],
         "broker": f"{settings.mqtt.host}:{settings.mqtt.port}",
         "broker_reachable": failure is None,
         "broker_failure": failure or "",
@@ -88,8 +92,10 @@ def read_bundle(path: Path, max_bytes: int) -> FoundBundle:
 
 
 def find_used_bundle(settings: AgentSettings) -> FoundBundle | None:
-    """The newest bundle that a run has left in the state directory; damaged ones are skipped."""
-    for path in _newest_first(settings.state_directory / "bundles"):
+    """The bundle in use, else the newest in the state directory; damaged ones are skipped."""
+    directory = settings.state_directory / "bundles"
+    in_use = find_file_in_use(directory)
+    for path in [*([in_use] if in_use else []), *_newest_first(directory)]:
         try:
             return read_bundle(path, settings.max_bundle_bytes)
         except (ConfigError, ModelError):  # removed by the agent meanwhile, or damaged
@@ -199,6 +205,8 @@ def check_lines(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         note = " - less than one pass may take" if available < report["max_batch_bytes"] else ""
         yield "memory available", format_bytes(available) + note
     yield from _bundle_lines(report)
+    keys = ", ".join(report["bundle_keys"])
+    yield "bundle keys", keys or "none: unsigned bundles are accepted, for a lab"
     if report["broker_reachable"]:
         yield "broker", f"{report['broker']} answers"
     else:

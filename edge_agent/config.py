@@ -60,6 +60,9 @@ class AgentSettings(Settings, frozen=True, kw_only=True):
     """One edge agent. ``labels`` describe the device (site, model, …) for selecting devices.
 
     ``state_dir`` (default ``agent-state/{device}``) keeps the boot counter and bundles.
+    ``bundle_keys`` are public keys, as PEM files or in base64: with any, only bundles that one of
+    them has signed are taken. ``self_test_max_bytes`` bounds what a new bundle's self-test may
+    allocate.
     """
 
     device: str
@@ -70,6 +73,8 @@ class AgentSettings(Settings, frozen=True, kw_only=True):
     state_dir: str | None = None
     telemetry_every_s: float = 10.0
     max_bundle_bytes: int = 512 * MIB
+    bundle_keys: tuple[str, ...] = ()
+    self_test_max_bytes: int = 512 * MIB
     labels: dict[str, str] = msgspec.field(default_factory=dict)
     trial_delay: TrialDelay = msgspec.field(default_factory=TrialDelay)
 
@@ -81,6 +86,8 @@ class AgentSettings(Settings, frozen=True, kw_only=True):
                 )
         if not self.telemetry_every_s > 0 or self.max_bundle_bytes < 1:
             raise ValueError("expected telemetry_every_s > 0 and max_bundle_bytes >= 1")
+        if self.self_test_max_bytes < MIB:
+            raise ValueError(f"expected self_test_max_bytes >= {MIB}")
 
     @property
     def state_directory(self) -> Path:

@@ -11,15 +11,19 @@ import logging
 import threading
 import time
 from collections import Counter
+from datetime import UTC, datetime
 
-from edge_agent.bundles import BootCounter, BundleCache, Download
+from edge_agent.boot import BootCounter
 from edge_agent.config import AgentSettings
 from edge_agent.datasets import LabelledData
 from edge_agent.measuring.memory import peak_rss_bytes
 from edge_agent.session import SendActivations, SendGradients, Session
+from edge_agent.slots import SlotStore
+from edge_agent.update_host import Policy
+from edge_agent.updater import Updater
 from edge_agent.worker import Worker
 from wire import __version__
-from wire.bundle import Bundle
+from wire.bundle import Bundle, Manifest, Trust
 from wire.codec import decode_metadata, decode_tensors
 from wire.errors import ConfigError, ModelError, PeerProtocolError, Refusal
 from wire.exit_codes import ExitCode
@@ -33,9 +37,10 @@ from wire.messages import (
     CutGradientHeader,
     DeviceState,
     FleetState,
-    RolloutMessage,
+    Mode,
+    RolloutAcknowledge,
+    RolloutCancel,
     RolloutOffer,
-    RolloutPhase,
     RolloutStatus,
     Telemetry,
     WeightsHeader,
@@ -58,7 +63,6 @@ from wire.topics import (
 logger = logging.getLogger(__name__)
 
 IDLE_S = 1.0  # longest wait for an event: telemetry and the watchdog are looked after this often
-CHUNK_TIMEOUT_S = 10.0  # ask again for a bundle chunk that has not come
 
 
 class AgentDaemon:
@@ -70,6 +74,8 @@ class AgentDaemon:
         data: LabelledData,
         worker: Worker,
         capabilities: Capabilities,
+        *,
+        trust: Trust | None = None,
     ) -> None:
         self._settings = settings
         self._data = data
@@ -79,12 +85,12 @@ class AgentDaemon:
         state_dir = settings.state_directory
         try:
             boots = BootCounter(state_dir)
+            store = SlotStore(state_dir / "bundles")
         except OSError as exc:
             raise ConfigError(
                 f"expected a writable directory for {state_dir} ({exc.strerror})",
                 field="$.state_dir",
             ) from exc
-        self._cache = BundleCache(state_dir / "bundles")
         self._inbox = Inbox()
         self._connection = MqttConnection(
             settings.mqtt,
@@ -97,7 +103,7 @@ class AgentDaemon:
         )
         self._stop = threading.Event()
         self._boot = 0
-        self._download: Download | None = None
+        self._updater = Updater(store, self._build_policy(trust), _UpdateHost(self))
         self._refused: Counter[str] = Counter()
         self._answers = 0
         self._telemetry_due_s = 0.0
@@ -112,6 +118,7 @@ class AgentDaemon:
     def run(self) -> ExitCode:
         """Serve until ``stop``; the broker may come and go meanwhile."""
         device = self._settings.device
+        self._updater.start(time.monotonic())
         self._connection.start()
         notify_ready(f"{device}: {len(self._data.y)} samples")
         logger.info("%s: %d samples, waiting for the broker", device, len(self._data.y))
@@ -123,12 +130,14 @@ class AgentDaemon:
                 break
             self._turn()
         notify_stopping(f"{device}: leaving")
+        self._updater.stop()
         self._say_offline()
         self._connection.stop()
         return code
 
     def _turn(self) -> None:
         """One turn of the loop: all events first, so that stale work is never begun."""
+        self._updater.tick(time.monotonic(), mid_step=self._session.is_mid_step)
         work = self._session.next_work() if self._connection.is_connected else None
         event = self._inbox.get(0.0 if work is not None else IDLE_S)
         if event is not None:
@@ -139,6 +148,9 @@ class AgentDaemon:
             except PeerProtocolError as refusal:  # of the weights, which are read only now
                 self._session.drop_weights()
                 self._count_refusal(refusal, Channel.WEIGHTS.level)
+            except ModelError as exc:
+                if not self._updater.bad_step(exc):
+                    raise
         self._housekeep(time.monotonic())
 
     # Events
@@ -150,15 +162,18 @@ class AgentDaemon:
                 logger.info("%s: connected (boot %d)", self._settings.device, boot)
                 notify_status(f"{self._settings.device}: connected")
                 self._publish_birth()
-                if self._download is not None:
-                    self._ask_for_chunk(self._download)
+                self._updater.connected(time.monotonic())
             case Disconnected(reason=reason):
+                self._updater.disconnected(time.monotonic())
                 notify_status(f"{self._settings.device}: offline ({reason})")
             case Received() as message:
                 try:
                     self._receive(message)
                 except PeerProtocolError as refusal:
                     self._count_refusal(refusal, message.topic)
+                except ModelError as exc:
+                    if not self._updater.bad_step(exc):
+                        raise
 
     def _receive(self, message: Received) -> None:
         payload = message.payload
@@ -178,9 +193,9 @@ class AgentDaemon:
             case Channel.FLEET_STATE:
                 self._session.on_fleet_state(decode_message(payload, FleetState))
             case Channel.ROLLOUT:
-                self._receive_rollout(decode_rollout(payload))
-            case Channel.BUNDLE:
-                self._receive_chunk(payload)
+                self._receive_rollout(payload)
+            case Channel.BUNDLE | Channel.SHARED_BUNDLE as channel:
+                self._receive_chunk(payload, shared=channel is Channel.SHARED_BUNDLE)
             case other:
                 raise PeerProtocolError(Refusal.UNKNOWN_TOPIC, f"{other.level} is not for devices")
 
@@ -196,6 +211,7 @@ class AgentDaemon:
         if self._publish(Channel.GRADIENTS, gradients):
             self._session.mark_sent(work)
             self._answers += 1
+            self._updater.good_step(time.monotonic())
 
     # Work
 
@@ -204,6 +220,8 @@ class AgentDaemon:
         self._delay(work)
         if self._publish(Channel.ACTIVATIONS, payload):
             self._session.mark_sent(work)
+            if work.allocation.mode is Mode.FROZEN:
+                self._updater.good_step(time.monotonic())
 
     def _delay(self, work: SendActivations | SendGradients) -> None:
         seconds = self._settings.trial_delay.seconds(work.slot.count)
@@ -212,63 +230,41 @@ class AgentDaemon:
 
     # Bundles
 
-    def _receive_rollout(self, message: RolloutMessage) -> None:
-        if isinstance(message, RolloutOffer):
-            self._receive_offer(message)
+    def _receive_rollout(self, payload: bytes) -> None:
+        now_s = time.monotonic()
+        match decode_rollout(payload):
+            case RolloutOffer() as offer:
+                self._updater.offer(offer, now_s)
+            case RolloutCancel() as cancel:
+                self._updater.cancel(cancel, now_s)
+            case RolloutAcknowledge() as acknowledge:
+                self._updater.acknowledge(acknowledge)
 
-    def _receive_offer(self, offer: RolloutOffer) -> None:
-        if offer.digest == self._session.bundle:
-            self._answer_offer(offer, RolloutPhase.INSTALLED)
-        elif offer.size_bytes > self._settings.max_bundle_bytes:
-            limit = self._settings.max_bundle_bytes
-            self._answer_offer(
-                offer, RolloutPhase.REFUSED, f"{offer.size_bytes} bytes exceed {limit}"
-            )
-        elif (data := self._cache.get(offer.digest)) is not None:
-            self._install(offer, data)
-        elif self._download is None or self._download.offer.digest != offer.digest:
-            self._download = Download(offer, asked_s=0.0)
-            self._ask_for_chunk(self._download)
-
-    def _receive_chunk(self, payload: bytes) -> None:
-        download = self._download
-        if download is None:
-            raise PeerProtocolError(Refusal.EARLY, "no bundle was asked for")
+    def _receive_chunk(self, payload: bytes, *, shared: bool) -> None:
         tensors = decode_tensors(payload)
         header = parse_header(tensors.metadata, ChunkHeader)
-        download.add(header, tensors.require("data").tobytes())
-        if not download.is_complete:
-            self._ask_for_chunk(download)
-            return
-        self._download = None
-        try:
-            data = download.verified()
-        except PeerProtocolError as refusal:
-            self._answer_offer(download.offer, RolloutPhase.REFUSED, refusal.detail)
-            raise
-        self._cache.put(download.offer.digest, data)
-        self._install(download.offer, data)
+        data = tensors.require("data").tobytes()
+        self._updater.chunk(header, data, shared=shared, now_s=time.monotonic())
 
-    def _install(self, offer: RolloutOffer, data: bytes) -> None:
-        try:
-            bundle = Bundle.from_bytes(data, max_bytes=self._settings.max_bundle_bytes)
+    def _build_policy(self, trust: Trust | None) -> Policy:
+        settings = self._settings
+        return Policy(
+            device=settings.device,
+            agent_version=__version__,
+            max_bundle_bytes=settings.max_bundle_bytes,
+            self_test_max_bytes=settings.self_test_max_bytes,
+            compute=settings.compute,
+            trust=trust,
+            clock=lambda: datetime.now(UTC),
+        )
+
+    def _use_bundle(self, bundle: Bundle | None) -> None:
+        if bundle is not None:
             self._worker.install(bundle)
-        except ModelError as exc:
-            logger.warning("%s: bundle %s refused: %s", self._settings.device, offer.name, exc)
-            self._answer_offer(offer, RolloutPhase.REFUSED, str(exc))
-            return
-        self._session.bundle = offer.digest
-        logger.info("%s: bundle %s %s is in use", self._settings.device, offer.name, offer.version)
-        notify_status(f"{self._settings.device}: {offer.name} {offer.version}")
-        self._publish_birth()
-        self._answer_offer(offer, RolloutPhase.INSTALLED)
-
-    def _answer_offer(self, offer: RolloutOffer, phase: RolloutPhase, detail: str = "") -> None:
-        status = RolloutStatus(digest=offer.digest, phase=phase, detail=detail[:1000])
-        self._publish(Channel.ROLLOUT_STATUS, encode_message(status))
-
-    def _ask_for_chunk(self, download: Download) -> None:
-        self._publish(Channel.ROLLOUT_STATUS, encode_message(download.request(time.monotonic())))
+            notify_status(
+                f"{self._settings.device}: {bundle.manifest.name} {bundle.manifest.version}"
+            )
+        self._session.bundle = None if bundle is None else bundle.digest
 
     # Presence
 
@@ -285,6 +281,7 @@ class AgentDaemon:
             capabilities=self._capabilities,
             max_batch=self._settings.compute.max_batch,
             bundle=self._session.bundle,
+            committed=self._updater.committed,
             agent=f"splitfleet-agent/{__version__}",
             labels=self._settings.labels,
         )
@@ -325,9 +322,6 @@ class AgentDaemon:
         if now_s >= self._telemetry_due_s:
             self._telemetry_due_s = now_s + self._settings.telemetry_every_s
             self._publish(Channel.TELEMETRY, encode_message(self._telemetry()))
-        download = self._download
-        if download is not None and now_s >= download.asked_s + CHUNK_TIMEOUT_S:
-            self._ask_for_chunk(download)
         if self._watchdog_interval_s is not None and now_s >= self._watchdog_due_s:
             # This loop turns and the network thread lives: that is what progress means here.
             self._watchdog_due_s = now_s + self._watchdog_interval_s
@@ -342,3 +336,38 @@ class AgentDaemon:
             bytes_down=self._connection.bytes_received,
             rss_bytes=peak_rss_bytes(),
         )
+
+
+class _UpdateHost:
+    """What the updater may do with the daemon."""
+
+    def __init__(self, daemon: AgentDaemon) -> None:
+        self._daemon = daemon
+
+    def say(self, status: RolloutStatus) -> None:
+        self._daemon._publish(Channel.ROLLOUT_STATUS, encode_message(status))
+
+    def listen(self, digest: str) -> None:
+        self._daemon._connection.subscribe(self._topic(digest))
+
+    def unlisten(self, digest: str) -> None:
+        self._daemon._connection.unsubscribe(self._topic(digest))
+
+    def check(self, manifest: Manifest) -> None:
+        self._daemon._worker.check(manifest)
+
+    def prepare(self, manifest: Manifest) -> None:
+        self._daemon._worker.backend.prepare(manifest)
+
+    def use(self, bundle: Bundle | None) -> None:
+        self._daemon._use_bundle(bundle)
+
+    def announce(self) -> None:
+        self._daemon._publish_birth()
+
+    def wake(self) -> None:
+        self._daemon._inbox.wake()
+
+    def _topic(self, digest: str) -> str:
+        fleet = self._daemon._settings.fleet
+        return build_topic(fleet, Channel.SHARED_BUNDLE, bundle=digest)

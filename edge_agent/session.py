@@ -106,6 +106,8 @@ class Session:
         allocation, weights = self.allocation, self.weights
         if allocation is None or header.run != allocation.run:
             raise PeerProtocolError(Refusal.FOREIGN_RUN, f"run {header.run!r} is not ours")
+        if allocation.bundle != self.bundle:
+            raise PeerProtocolError(Refusal.FOREIGN_BUNDLE, "another bundle is in use by now")
         slot = Slot(header.step, header.offset, header.count)
         if weights is None or weights.run != header.run or weights.step != header.step:
             reason = Refusal.LATE if weights and header.step < weights.step else Refusal.EARLY
@@ -127,6 +129,16 @@ class Session:
         version = self.weights.version if self.weights and allocation.mode is Mode.LOCKSTEP else 0
         slot = min(due)
         return SendActivations(allocation, slot, version, self._ranges[slot])
+
+    @property
+    def is_mid_step(self) -> bool:
+        """Activations are out whose cut gradient may still come: the step needs this bundle."""
+        allocation, weights = self.allocation, self.weights
+        if allocation is None or weights is None or allocation.mode is Mode.FROZEN:
+            return False
+        if not allocation.bundle == weights.bundle == self.bundle:
+            return False
+        return any(slot.step == weights.step for slot in self._sent - self._answered)
 
     def mark_sent(self, work: SendActivations | SendGradients) -> None:
         """The answer was handed to the broker; without this it stays due."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 from edge_agent.compute import ComputeBackend, build_backend, choose_backward
 from edge_agent.config import AgentSettings
 from edge_agent.daemon import AgentDaemon
 from edge_agent.datasets import load_data
 from edge_agent.worker import Worker
 from wire.messages import Capabilities, SampleOrder
+from wire.signing import load_trusted_keys
+
+logger = logging.getLogger(__name__)
 
 
 def build_daemon(settings: AgentSettings, *, source: str) -> AgentDaemon:
@@ -15,7 +20,11 @@ def build_daemon(settings: AgentSettings, *, source: str) -> AgentDaemon:
     data = load_data(settings.data, source=source)
     backend = build_settings_backend(settings)
     worker = Worker(data, backend)
-    return AgentDaemon(settings, data, worker, build_capabilities(settings, backend))
+    trust = load_trusted_keys(settings.bundle_keys, source=source)
+    if trust is None:
+        logger.info("%s: no bundle_keys: unsigned bundles are accepted", settings.device)
+    capabilities = build_capabilities(settings, backend)
+    return AgentDaemon(settings, data, worker, capabilities, trust=trust)
 
 
 def build_capabilities(settings: AgentSettings, backend: ComputeBackend) -> Capabilities:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edge_agent.compute import ComputeBackend
 from edge_agent.datasets import LabelledData
 from edge_agent.session import Ranges, SendActivations, SendGradients
-from wire.bundle import Bundle, TensorSpec
+from wire.bundle import Bundle, Manifest, TensorSpec
 from wire.codec import decode_tensors, encode_tensors, exact
 from wire.errors import ModelError
 from wire.messages import (
@@ -41,9 +41,13 @@ class Worker:
         self._order: tuple[tuple[int, SampleOrder], NDArray[np.int64]] | None = None
         self._batch: tuple[_BatchKey, NDArray[np.float32], NDArray[np.int64]] | None = None
 
-    def install(self, bundle: Bundle) -> None:
-        """Take a bundle into use; raises ModelError if this device cannot serve it."""
-        manifest = bundle.manifest
+    @property
+    def backend(self) -> ComputeBackend:
+        """What runs the client segment."""
+        return self._backend
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise ModelError if this device cannot serve such a bundle; nothing is loaded."""
         shape = self._data.x.shape[1:]
         if shape != manifest.input.shape:
             raise ModelError(
@@ -59,6 +63,10 @@ class Worker:
                 "this device runs no backward pass: expected compute.backward other than none, or "
                 "a frozen client segment"
             )
+
+    def install(self, bundle: Bundle) -> None:
+        """Take a bundle into use; raises ModelError if this device cannot serve it."""
+        self.check(bundle.manifest)
         self._backend.load(bundle)
         self._bundle = bundle
 

@@ -12,15 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from models.golden import build_golden
 from models.memory import estimate_graph_bytes, estimate_memory
 from models.onnx_graph import OPSET, program_to_onnx, program_to_onnx_backward
 from models.program import SegmentProgram, program_to_graph, trace_program
+from models.release import Release
 from models.split import SplitNetwork, reproducible
 from models.verify import CHECK_BYTES, verify_bundle
 from wire.bundle import (
     CLIENT_BACKWARD,
     CLIENT_FORWARD,
     CLIENT_TORCH,
+    GOLDEN,
     WEIGHTS,
     ArraySpec,
     Bundle,
@@ -52,6 +55,7 @@ def export_bundle(
     global_batch: int | None = None,
     samples: NDArray[np.float32] | None = None,
     check_bytes: int = CHECK_BYTES,
+    release: Release | None = None,
 ) -> bytes:
     """The client segment of ``split`` as a bundle: ONNX, torch form, weights, manifest.
 
@@ -71,20 +75,25 @@ def export_bundle(
     with reproducible():
         program = trace_program(split)
         files = _files(split, program, frozen=frozen, backward=backward)
+        golden, files[GOLDEN] = build_golden(split, program)
         manifest = Manifest(
             name=name,
             version=version,
             created=created or datetime.now(UTC).isoformat("T", "seconds"),
             classes=classes,
             frozen=frozen,
+            golden=golden,
             **_describe(split, program, files),
         )
+        release = release or Release()
+        manifest = release.stamp(manifest)
         bundle = Bundle.from_bytes(build_bundle(manifest, files))
         checks = verify_bundle(
             split, bundle, global_batch=global_batch, samples=samples, check_bytes=check_bytes
         )
     notes = (*manifest.notes, *_shortfall(checks, global_batch))
-    return build_bundle(msgspec.structs.replace(manifest, checks=checks, notes=notes), files)
+    manifest = msgspec.structs.replace(manifest, checks=checks, notes=notes)
+    return build_bundle(manifest, files, sign=release.sign)
 
 
 def _files(

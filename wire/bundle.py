@@ -151,6 +151,17 @@ class Trust(Protocol):
         """The id of the key that signed these bytes; raises ModelError if none has."""
 
 
+@dataclass(frozen=True, slots=True)
+class GoldenValues:
+    """B golden samples, the activations A that they give, and the norms of the P parameters'
+    gradients when the gradient at the cut is ``activations_BA``."""
+
+    spec: Golden
+    input_BX: NDArray[Any]
+    activations_BA: NDArray[Any]
+    gradient_norms_P: NDArray[Any]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
     """A verified bundle; ``digest`` is the SHA-256 of its bytes in hexadecimal.
@@ -203,6 +214,28 @@ class Bundle:
                     f"{WEIGHTS}: {spec.name}: expected {spec.dtype} {spec.shape}, found {found}"
                 )
         return {spec.name: arrays[spec.name] for spec in specs}
+
+    def golden_values(self) -> GoldenValues | None:
+        """The self-test's samples and results, None without any; BundleError if they are off."""
+        spec, data = self.manifest.golden, self.files.get(GOLDEN)
+        if spec is None or data is None:
+            return None
+        shapes = {
+            "input": (spec.batch, *self.manifest.input.shape),
+            "activations": (spec.batch, *self.manifest.activation.shape),
+            "gradient_norms": (len(self.manifest.parameters),),
+        }
+        try:
+            tensors = decode_tensors(data).arrays
+        except PeerProtocolError as exc:
+            raise BundleError(f"{GOLDEN}: {exc.detail}") from exc
+        for name, shape in shapes.items():
+            array = tensors.get(name)
+            if array is None or (array.shape, array.dtype.name) != (shape, "float32"):
+                raise BundleError(f"{GOLDEN}: {name}: expected float32 {shape}")
+        return GoldenValues(
+            spec, tensors["input"], tensors["activations"], tensors["gradient_norms"]
+        )
 
 
 def bundle_digest(data: bytes) -> str:

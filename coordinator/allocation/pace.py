@@ -18,7 +18,6 @@ the fleet.
 
 Shapes: K devices, M classes, J times.
 """
-# ruff: noqa: N815 (fields carry their shapes)
 
 from __future__ import annotations
 

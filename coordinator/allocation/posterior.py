@@ -19,7 +19,6 @@ fit starts the next. `docs/allocation.md` has the derivation and the proof of th
 
 Shapes: K devices, M classes; beta is held classes first (MK), since sums run along devices.
 """
-# ruff: noqa: N815 (fields carry their shapes)
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ hold several classes are short of room.
 
 Shapes: K devices, M classes.
 """
-# ruff: noqa: N815 (fields carry their shapes)
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ and lasts max_k (f_k + p_k x_k) over the devices with x_k > 0. Three arguments, 
 
 Shapes: G devices, or groups of like devices, with samples; D step lengths.
 """
-# ruff: noqa: N815 (fields carry their shapes)
 
 from __future__ import annotations
 

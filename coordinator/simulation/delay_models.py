@@ -5,7 +5,6 @@ max over devices with count > 0 of fixed_k + per_sample_k * count.
 
 Shapes: K devices.
 """
-# ruff: noqa: N815 (fields carry their shapes)
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ Every refusal is a ConfigError that names the file, the place in it and what was
 
 Shapes: K devices, M classes.
 """
-# ruff: noqa: N815 (fields carry their shapes)
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ Every refusal is a ConfigError that names the option and what is possible.
 
 Shapes: K devices, M classes.
 """
-# ruff: noqa: N815 (fields carry their shapes)
 
 from __future__ import annotations
 

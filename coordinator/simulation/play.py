@@ -6,7 +6,6 @@ a count are a draw without replacement from what the device has left, unless the
 
 Shapes: K devices, M classes, T steps. Nothing here is K x T unless the counts are kept.
 """
-# ruff: noqa: N815 (fields carry their shapes)
 
 from __future__ import annotations
 

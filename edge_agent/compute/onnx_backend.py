@@ -102,7 +102,7 @@ class OnnxBackward(_Graph):
 
 
 def _open_session(model: bytes, file: str, threads: int) -> Any:
-    onnxruntime = _import_onnxruntime()
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -118,7 +118,8 @@ def _open_session(model: bytes, file: str, threads: int) -> Any:
         raise ModelError(f"{file}: {_one_line(exc)}") from exc
 
 
-def _import_onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """ONNX Runtime, imported now if it is not yet; ConfigError says what to install."""
     try:
         import onnxruntime  # noqa: PLC0415 - an agent on torch alone can do without
     except ImportError as exc:
@@ -135,7 +136,7 @@ def _share_arena() -> bool:
 
     The forward and the backward graph never run at the same time, but each keeps what it once had.
     """
-    ort = _import_onnxruntime()
+    ort = import_onnxruntime()
     try:
         memory = ort.OrtMemoryInfo(
             "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT

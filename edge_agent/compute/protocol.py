@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from wire.bundle import Bundle
+from wire.bundle import Bundle, Manifest
 
 
 class ComputeBackend(Protocol):
@@ -35,6 +35,9 @@ class ComputeBackend(Protocol):
     @property
     def backward_pass_samples(self) -> int | None:
         """Samples that go through its backward pass at once; None: any number."""
+
+    def prepare(self, manifest: Manifest) -> None:
+        """Import the libraries that ``load`` needs for such a bundle; ConfigError if one lacks."""
 
     def load(self, bundle: Bundle) -> None:
         """Get ready to run ``bundle`` with its initial weights; replaces an earlier one.

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.compute.onnx_backend import OnnxBackward, OnnxForward
-from edge_agent.compute.torch_backend import TorchSegment
-from wire.bundle import Bundle
+from edge_agent.compute.onnx_backend import OnnxBackward, OnnxForward, import_onnxruntime
+from edge_agent.compute.torch_backend import TorchSegment, import_torch
+from wire.bundle import Bundle, Manifest
 from wire.errors import LocalProtocolError, ModelError
 
 # Small passes save memory for nothing: with 2 to 256 MiB a pass, steps of 32 and 128 samples of the
@@ -45,25 +45,35 @@ class SegmentBackend:
     def can_backward(self) -> bool:
         return self.backward_name != "none"
 
+    def prepare(self, manifest: Manifest) -> None:
+        forward, backward = self._engines(manifest)
+        if "onnxruntime" in (forward, backward):
+            import_onnxruntime()
+        # A segment that ONNX Runtime runs alone must not cost the memory and the start of torch.
+        if "torch" in (forward, backward):
+            import_torch()
+
     def load(self, bundle: Bundle) -> None:
         weights = bundle.initial_weights()
-        trains = self.can_backward and not bundle.manifest.frozen
-        torch_trains = trains and self.backward_name == "torch"
-        forward = self._forward
-        if forward == "auto":
-            # Where torch runs the backward pass, its forward pass keeps the graph for it: with
-            # another engine in front the segment would be run forward twice in every step.
-            forward = "torch" if torch_trains else "onnxruntime"
+        forward, backward = self._engines(bundle.manifest)
         onnx = OnnxForward(bundle, threads=self._threads) if forward == "onnxruntime" else None
         onnx_backward = None
-        if trains and not torch_trains:
+        if backward == "onnxruntime":
             onnx_backward = OnnxBackward(bundle, threads=self._threads)
-        # A segment that ONNX Runtime runs alone must not cost the memory and the start of torch.
-        needs_torch = torch_trains or forward == "torch"
+        needs_torch = "torch" in (forward, backward)
         torch = TorchSegment(bundle, threads=self._threads) if needs_torch else None
         self._bundle, self.forward_name = bundle, forward
         self._onnx, self._onnx_backward, self._torch = onnx, onnx_backward, torch
         self.set_weights(weights)
+
+    def _engines(self, manifest: Manifest) -> tuple[str, str]:
+        """What runs such a bundle forward and backward (``none`` where it is not trained)."""
+        backward = "none" if manifest.frozen else self.backward_name
+        if self._forward != "auto":
+            return self._forward, backward
+        # Where torch runs the backward pass, its forward pass keeps the graph for it: with
+        # another engine in front the segment would be run forward twice in every step.
+        return ("torch" if backward == "torch" else "onnxruntime"), backward
 
     def set_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
         checked = _check_weights(self._loaded(), weights)

@@ -49,7 +49,7 @@ class TorchSegment:
     """A client segment on torch, on the CPU."""
 
     def __init__(self, bundle: Bundle, *, threads: int) -> None:
-        self._torch = _import_torch()
+        self._torch = import_torch()
         self._torch.set_num_threads(threads)
         graph = decode_segment_graph(bundle.files[CLIENT_TORCH], source=CLIENT_TORCH)
         self._inputs = {entry.name: entry.tensor for entry in graph.inputs}
@@ -131,7 +131,8 @@ class TorchSegment:
         return result
 
 
-def _import_torch() -> Any:
+def import_torch() -> Any:
+    """PyTorch, imported now if it is not yet; ConfigError says what to install."""
     try:
         import torch  # noqa: PLC0415 - 200 MB and seconds of start: only where it is used
     except ImportError as exc:

@@ -44,8 +44,8 @@ class _Groups:
     channels: int
     length: int
     weight: Term | None
-    n_CL: str  # noqa: N815 - names carry their shape
-    r_G1: str  # noqa: N815
+    n_CL: str
+    r_G1: str
 
     def by_group(self, g: GraphBuilder, value: str, batch: int | None = None) -> str:
         """One value for each channel as (B, G, C/G)."""
