@@ -32,7 +32,7 @@ CHECK_BYTES = 64 * 1024 * 1024  # the start of a run must not wait for it
 
 _BATCHES = (1, TRACED_BATCH, 5)
 _DRAWS = 3  # of random samples, until none lies near an edge
-_EDGES = frozenset({"Sign", "Where", "MaxPool"})  # what such layers are in the backward graph
+_EDGES = frozenset({"Cast", "MaxPool"})  # of masks and pools: what such layers are in the graph
 _SMALLEST = 1e-2  # gradients below this are sums that cancel out: only noise is left of them
 
 Float32 = NDArray[np.float32]

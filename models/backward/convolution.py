@@ -16,6 +16,8 @@ from models.backward.calls import Call, Pullback, Rule, Term
 from models.backward.graph import GraphBuilder
 from models.backward.windows import Ints, Windows, spatial
 
+_LEAST_ROWS = 16  # of a matrix; products of smaller ones cost more in calls than in arithmetic
+
 
 def _convolution(g: GraphBuilder, call: Call) -> tuple[str, Pullback]:
     x, weight, bias = call.term("input"), call.term("weight"), call.optional("bias")
@@ -96,11 +98,12 @@ def _transposed_windows(call: Call, x: Term, weight: Term) -> Windows:
 
 
 def _input_gradient(g: GraphBuilder, grad: str, weight: Term, windows: Windows) -> str:
-    """Windows with stride 1: a convolution with the turned kernel; else a transposed one."""
+    """A transposed convolution; where each group is small and the stride 1, a convolution with
+    the turned kernel is faster (measured with ONNX Runtime 1.32)."""
     reach = [d * (k - 1) for d, k in zip(windows.dilation, windows.kernel, strict=True)]
     begin = [r - b for r, b in zip(reach, windows.begin, strict=True)]
     end = [r - e for r, e in zip(reach, windows.end, strict=True)]
-    if any(s != 1 for s in windows.stride) or min(begin + end) < 0:
+    if windows.groups == 1 or any(s != 1 for s in windows.stride) or min(begin + end) < 0:
         return windows.scatter(g, grad, weight.value)
     return g.op(
         "Conv",
@@ -115,14 +118,10 @@ def _input_gradient(g: GraphBuilder, grad: str, weight: Term, windows: Windows) 
 def _turned(g: GraphBuilder, weight: Term, windows: Windows) -> str:
     """Weights (D, C/G, ...) as (C, D/G, ...), each kernel back to front."""
     outputs, inputs, *kernel = _known(weight)
-    value, groups = weight.value, windows.groups
-    count = len(kernel)
-    if groups > 1:
-        value = g.reshape(value, (groups, outputs // groups, inputs, *kernel))
-        value = g.transpose(value, [0, 2, 1, *range(3, 3 + count)])
-        value = g.reshape(value, (groups * inputs, outputs // groups, *kernel))
-    else:
-        value = g.transpose(value, [1, 0, *windows.axes])
+    groups, count = windows.groups, len(kernel)
+    value = g.reshape(weight.value, (groups, outputs // groups, inputs, *kernel))
+    value = g.transpose(value, [0, 2, 1, *range(3, 3 + count)])
+    value = g.reshape(value, (groups * inputs, outputs // groups, *kernel))
     if windows.cells == 1:
         return value
     before_first = np.iinfo(np.int64).min
@@ -131,34 +130,47 @@ def _turned(g: GraphBuilder, weight: Term, windows: Windows) -> str:
 
 def _weight_gradient(g: GraphBuilder, image: str, grad: str, weight: Term, windows: Windows) -> str:
     """(D, C/G, ...) from the windows' input (B, C, ...) and the gradient (B, D, ...)."""
+    outputs, inputs, *kernel = _known(weight)
+    swapped = [1, 0, *windows.axes]
+    turned = g.transpose(windows.padded(g, image), swapped)
+    rows = g.transpose(grad, swapped)
     if windows.groups > 1:
-        return _grouped_weight_gradient(g, image, grad, weight, windows)
-    outputs, inputs, *kernel = _known(weight)
-    swapped = [1, 0, *windows.axes]
-    turned = g.transpose(windows.padded(g, image), swapped)
-    views = list(windows.views(g, turned))
-    stacked = g.op("Concat", *views, axis=0) if len(views) > 1 else views[0]
-    columns = g.reshape(stacked, (windows.cells * inputs, None))
-    rows = g.reshape(g.transpose(grad, swapped), (outputs, None))
-    product = g.op("Gemm", rows, columns, transB=1)
-    cells_first = g.reshape(product, (outputs, windows.cells, inputs))
-    return g.reshape(g.transpose(cells_first, [0, 2, 1]), (outputs, inputs, *kernel))
+        product = _grouped_product(g, turned, rows, weight, windows)
+    else:
+        product = _product(g, turned, g.reshape(rows, (outputs, None)), inputs, windows)
+    last = len(kernel) + 1
+    cells_first = g.reshape(product, (*kernel, inputs, outputs))
+    return g.transpose(cells_first, [last, last - 1, *range(len(kernel))])
 
 
-def _grouped_weight_gradient(
-    g: GraphBuilder, image: str, grad: str, weight: Term, windows: Windows
+def _product(g: GraphBuilder, turned: str, rows_DL: str, inputs: int, windows: Windows) -> str:
+    """(K C, D): with the few columns on the right ONNX Runtime multiplies half as fast again.
+
+    In two dimensions cells are stacked along the last axis first. A row of cells is then one long
+    piece of memory, and only one row at a time is held.
+    """
+    across, along = windows.axes[:-1], windows.axes[-1:]
+    stacked = g.concat(windows.views(g, turned, along), axis=0)
+    height = inputs * windows.kernel[-1]
+    rows = windows.views(g, stacked, across)
+    if height < _LEAST_ROWS:
+        rows, height = [g.concat(rows, axis=0)], height * len(rows)
+    products = [g.op("Gemm", g.reshape(row, (height, None)), rows_DL, transB=1) for row in rows]
+    return g.concat(products, axis=0)
+
+
+def _grouped_product(
+    g: GraphBuilder, turned: str, rows: str, weight: Term, windows: Windows
 ) -> str:
-    """One product of matrices for each group, over all windows of the batch."""
-    outputs, inputs, *kernel = _known(weight)
+    """(K, C/G, D): one product of matrices for each group."""
+    outputs, inputs = _known(weight)[:2]
     groups = windows.groups
-    swapped = [1, 0, *windows.axes]
-    turned = g.transpose(windows.padded(g, image), swapped)
-    views = [g.reshape(view, (groups, inputs, 1, None)) for view in windows.views(g, turned)]
-    stacked = g.op("Concat", *views, axis=2) if len(views) > 1 else views[0]
-    columns = g.reshape(stacked, (groups, inputs * windows.cells, None))
-    rows = g.reshape(g.transpose(grad, swapped), (groups, outputs // groups, None))
-    product = g.op("MatMul", rows, g.transpose(columns, [0, 2, 1]))
-    return g.reshape(product, (outputs, inputs, *kernel))
+    views = windows.views(g, turned, windows.axes)
+    cells = [g.reshape(view, (groups, 1, inputs, None)) for view in views]
+    columns = g.reshape(g.concat(cells, axis=1), (groups, windows.cells * inputs, None))
+    turned_rows = g.transpose(g.reshape(rows, (groups, outputs // groups, None)), [0, 2, 1])
+    product = g.op("MatMul", columns, turned_rows)
+    return g.transpose(product, [1, 0, 2])
 
 
 def _known(weight: Term) -> Ints:

@@ -14,16 +14,16 @@ _GELU_CUBE = 0.044715  # Source: Hendrycks and Gimpel, arXiv:1606.08415
 def _relu(g: GraphBuilder, call: Call) -> tuple[str, Pullback]:
     x = call.term("self")
     y = g.op("Relu", x.value)
-    # y is not negative, so its sign is the derivative: cheaper than a comparison and a choice.
-    return y, lambda grad: [(x, g.op("Mul", grad, g.op("Sign", y)))]
+    return y, lambda grad: [(x, g.op("Mul", grad, g.mask("Greater", y, g.scalar(0.0))))]
 
 
 def _leaky_relu(g: GraphBuilder, call: Call) -> tuple[str, Pullback]:
     x, slope = call.term("self"), float(call.arguments["negative_slope"])
 
     def pull(grad: str) -> Iterator[tuple[Term, str]]:
-        positive = g.op("Greater", x.value, g.scalar(0.0))
-        yield x, g.op("Where", positive, grad, g.op("Mul", grad, g.scalar(slope)))
+        positive = g.mask("Greater", x.value, g.scalar(0.0))
+        steep = g.op("Add", g.op("Mul", positive, g.scalar(1 - slope)), g.scalar(slope))
+        yield x, g.op("Mul", grad, steep)
 
     return g.op("LeakyRelu", x.value, alpha=slope), pull
 
@@ -65,10 +65,12 @@ def _hardswish(g: GraphBuilder, call: Call) -> tuple[str, Pullback]:
     x = call.term("self")
 
     def pull(grad: str) -> Iterator[tuple[Term, str]]:
-        inner = g.op("Add", g.op("Mul", x.value, g.scalar(1 / 3)), g.scalar(0.5))
-        upper = g.op("Where", g.op("Less", x.value, g.scalar(3.0)), inner, g.scalar(1.0))
-        inside = g.op("Greater", x.value, g.scalar(-3.0))
-        slope = g.op("Where", inside, upper, g.scalar(0.0))
+        # x / 3 + 1/2 between -3 and 3, but 0 at and below the one and 1 at and above the other.
+        inside = g.op("Clip", x.value, g.scalar(-3.0), g.scalar(3.0))
+        line = g.op("Add", g.op("Mul", inside, g.scalar(1 / 3)), g.scalar(0.5))
+        above = g.mask("GreaterOrEqual", x.value, g.scalar(3.0))
+        line = g.op("Sub", line, g.op("Mul", above, g.scalar(0.5)))
+        slope = g.op("Mul", line, g.mask("Greater", x.value, g.scalar(-3.0)))
         yield x, g.op("Mul", grad, slope)
 
     return g.op("HardSwish", x.value), pull
@@ -114,9 +116,10 @@ def _hardtanh(g: GraphBuilder, call: Call) -> tuple[str, Pullback]:
     bounds = [g.scalar(0.0 if low is None else low), g.scalar(6.0 if high is None else high)]
 
     def pull(grad: str) -> Iterator[tuple[Term, str]]:
-        above = g.op("Greater", x.value, bounds[0])
-        inside = g.op("And", above, g.op("Less", x.value, bounds[1]))
-        yield x, g.op("Where", inside, grad, g.scalar(0.0))
+        above, below = (
+            g.mask(k, x.value, b) for k, b in zip(("Greater", "Less"), bounds, strict=True)
+        )
+        yield x, g.op("Mul", grad, g.op("Mul", above, below))
 
     return g.op("Clip", x.value, *bounds), pull
 

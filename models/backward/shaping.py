@@ -149,9 +149,9 @@ def mean_over(g: GraphBuilder, call: Call, x: Term, axes: list[int]) -> tuple[st
     y = g.op("ReduceMean", x.value, g.ints(axes), keepdims=1)
 
     def pull(grad: str) -> Iterator[tuple[Term, str]]:
-        small = g.op("Mul", g.reshape(grad, kept), g.scalar(1 / count))
         shape = [size if n in axes else 1 for n, size in enumerate(x.shape)]
-        yield x, g.op("Expand", small, g.ints([size or 1 for size in shape]))
+        shares = g.op("Expand", g.scalar(1 / count), g.ints([size or 1 for size in shape]))
+        yield x, g.op("Mul", g.reshape(grad, kept), shares)
 
     return g.reshape(y, call.shape), pull
 

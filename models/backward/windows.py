@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from models.backward.calls import Call
@@ -68,13 +67,26 @@ class Windows:
         amounts = [(b, max(0, e)) for b, e in zip(self.begin, self.end, strict=True)]
         return g.pad(cut, self.axes, amounts, fill)
 
-    def views(self, g: GraphBuilder, padded: str) -> Iterator[str]:
-        """For each cell of a window its values in all windows, from a padded value."""
-        rows = list(zip(self.dilation, self.outputs, self.stride, strict=True))
-        for cell in itertools.product(*(range(size) for size in self.kernel)):
-            starts = [n * d for n, (d, _, _) in zip(cell, rows, strict=True)]
-            ends = [start + (o - 1) * s + 1 for start, (_, o, s) in zip(starts, rows, strict=True)]
-            yield g.slice(padded, self.axes, starts, ends, list(self.stride))
+    def unpadded(self, g: GraphBuilder, padded: str) -> str:
+        """The way back from ``padded``: without the padding, zeros where values were cut."""
+        return g.fit(padded, self.axes, list(zip(self.begin, self.end, strict=True)))
+
+    def views(self, g: GraphBuilder, padded: str, axes: Sequence[int]) -> list[str]:
+        """For each cell of a window, along some axes, its values in all windows.
+
+        The last axis is cut first: what is left of it is then one piece of memory.
+        """
+        if not axes:
+            return [padded]
+        *others, axis = axes
+        n = axis - 2
+        columns = []
+        for cell in range(self.kernel[n]):
+            start = cell * self.dilation[n]
+            end = start + (self.outputs[n] - 1) * self.stride[n] + 1
+            part = g.slice(padded, [axis], [start], [end], [self.stride[n]])
+            columns.append(self.views(g, part, others))
+        return [view for row in zip(*columns, strict=True) for view in row]
 
     def scatter(self, g: GraphBuilder, grad: str, weight: str) -> str:
         """Spread each window's values over its cells with ``weight`` and add up what meets:
