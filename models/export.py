@@ -106,14 +106,14 @@ def _files(
         _check_graph_trainable(graph, split, what)
         if not program.parameters:
             raise ModelError(f"{what}: no parameter of it trains: freeze it")
-    files = {
+    files = {}
+    if not frozen and backward == "onnx":  # first: it is quick, and refuses most
+        files[CLIENT_BACKWARD] = program_to_onnx_backward(program, what)
+    return files | {
         CLIENT_FORWARD: program_to_onnx(program, what),
         CLIENT_TORCH: encode_segment_graph(graph),
         WEIGHTS: encode_weights({name: t.numpy() for name, t in program.weights.items()}),
     }
-    if not frozen and backward == "onnx":
-        files[CLIENT_BACKWARD] = program_to_onnx_backward(program, what)
-    return files
 
 
 def _check_trainable(split: SplitNetwork) -> None:
