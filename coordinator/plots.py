@@ -38,7 +38,7 @@ MOST_ROW_LABELS = 26
 MOST_LABEL_CHARACTERS = 18
 
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8A8A8A"
-_HEAT_COLOURS = ("#F4F6F8", "#BBD7EC", "#6AAED6", "#2272B2", "#08306B")
+HEAT_COLOURS = ("#F4F6F8", "#BBD7EC", "#6AAED6", "#2272B2", "#08306B")
 
 
 def write_summary_plot(
@@ -69,7 +69,7 @@ def build_figure(
     from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: PLC0415
 
     layout = ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.09)
-    with rc_context(_style()):
+    with rc_context(plot_style()):
         # No pyplot: it would keep the figure, and choose a backend for the whole process.
         figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout=layout)
         FigureCanvasAgg(figure)
@@ -144,7 +144,7 @@ def _chance_deviation(pooled_class_counts: ArrayLike | None, summary: RunSummary
     return chance_deviation(counts_M / counts_M.sum(), summary.global_batch)
 
 
-def _style() -> Any:
+def plot_style() -> Any:
     """Settings by name; matplotlib's type for them lists every name that there is."""
     return {
         "font.size": 9.5,
@@ -328,7 +328,7 @@ def _draw_allocation(
         cells,
         aspect="auto",
         interpolation="nearest",
-        cmap=LinearSegmentedColormap.from_list("samples", _HEAT_COLOURS),
+        cmap=LinearSegmentedColormap.from_list("samples", HEAT_COLOURS),
         # A root scale: one step that a straggler fills would hide all that the others do.
         norm=PowerNorm(0.5, vmin=0.0, vmax=max(1.0, float(cells.max()))),
         extent=(-0.5, len(steps) - 0.5, len(devices) - 0.5, -0.5),

@@ -18,7 +18,7 @@ from wire.errors import ConfigError
 
 if TYPE_CHECKING:
     from coordinator.simulation.choices import PolicyChoice
-    from coordinator.simulation.options import FleetOptions
+    from coordinator.simulation.options import FleetOptions, FleetSource
     from coordinator.simulation.report import Simulation
 
 T = TypeVar("T")
@@ -51,6 +51,7 @@ def simulate(
     fleet_seed: opt.FleetSeed = None,
     as_json: opt.AsJson = False,
     csv: opt.CsvFile = None,
+    plot: opt.PlotFile = None,
 ) -> None:
     """Play one epoch of a fleet without a network and compare policies.
 
@@ -64,9 +65,10 @@ def simulate(
 
     _check(given)
     _check_writable(csv, "--csv")
+    _check_writable(plot, "--plot")
     choices = _parse_choices(policies or [], delta, deviation_budget)
     numbers = parse_seeds(seeds, seed)
-    simulation = _run(given, choices, numbers)
+    simulation = _run(given, choices, numbers, plot)
     if csv is not None:
         from coordinator.simulation.report import build_csv
 
@@ -115,7 +117,10 @@ def _parse_choices(
 
 
 def _run(
-    given: dict[str, Any], choices: Sequence[PolicyChoice], seeds: Sequence[int]
+    given: dict[str, Any],
+    choices: Sequence[PolicyChoice],
+    seeds: Sequence[int],
+    plot: Path | None,
 ) -> Simulation:
     from coordinator.cli.recorded_run import read_recorded_run
     from coordinator.simulation.comparison import compare
@@ -123,17 +128,39 @@ def _run(
     from coordinator.simulation.report import Simulation
 
     source = open_fleet(_fleet_options(given), read_recorded_run)
+    rules = {"global_batch": given["global_batch"], "refit_every": given["refit_every"]}
     with _progress() as say:
-        comparison = compare(
-            source.fleet_of,
-            choices,
-            global_batch=given["global_batch"],
-            seeds=seeds,
-            refit_every=given["refit_every"],
-            progress=say,
+        comparison = compare(source.fleet_of, choices, seeds=seeds, progress=say, **rules)
+        simulation = Simulation(
+            comparison, source.fleet_of(seeds[0]), settings=_settings(given, choices), **rules
         )
-    return Simulation(
-        comparison, source.fleet_of(seeds[0]), given["global_batch"], _settings(given, choices)
+        if plot is not None:
+            _plot(simulation, source, choices, plot, say)
+    return simulation
+
+
+def _plot(
+    simulation: Simulation,
+    source: FleetSource,
+    choices: Sequence[PolicyChoice],
+    path: Path,
+    say: Callable[[str], None],
+) -> None:
+    from coordinator.simulation.play import play_epoch
+    from coordinator.simulation.plot import Picture, write_plot
+    from coordinator.simulation.sweep import run_sweep
+
+    seeds = simulation.comparison.seeds
+    rules = {"global_batch": simulation.global_batch, "refit_every": simulation.refit_every}
+    plays = {
+        choice.name: play_epoch(simulation.fleet, choice, seed=seeds[0], keep_counts=True, **rules)
+        for choice in choices
+    }
+    sweep = run_sweep(source.fleet_of, seeds=seeds, progress=say, **rules)
+    say("drawing")
+    write_plot(
+        Picture(simulation.comparison, sweep, simulation.fleet, plays, simulation.global_batch),
+        path,
     )
 
 
@@ -155,7 +182,7 @@ def _pick(structure: type[T], given: dict[str, Any]) -> T:
 
 def _settings(given: dict[str, Any], choices: Sequence[PolicyChoice]) -> dict[str, Any]:
     """What was asked for, as the options are called; null where a default holds."""
-    output = {"as_json", "csv", "policies"}
+    output = {"as_json", "csv", "plot", "policies"}
     asked = {name: value for name, value in given.items() if name not in output}
     return {**asked, "policies": [asdict(choice) for choice in choices]}
 

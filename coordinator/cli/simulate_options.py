@@ -87,3 +87,7 @@ AsJson = Annotated[bool, _out("--json", help="Print JSON.")]
 CsvFile = Annotated[
     Path | None, _out("--csv", metavar="FILE", help="Write a row per policy and seed.")
 ]
+PlotFile = Annotated[
+    Path | None,
+    _out("--plot", metavar="FILE.png", help="Draw delta sweep, deviation, and who gave when."),
+]

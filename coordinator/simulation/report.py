@@ -28,6 +28,7 @@ class Simulation:
     comparison: Comparison
     fleet: SimulatedFleet
     global_batch: int
+    refit_every: int
     settings: dict[str, Any]
 
 
