@@ -173,7 +173,7 @@ def describe(simulation: Simulation) -> Sequence[str]:
     lines = [
         f"{facts['devices']:,} devices, {facts['samples']:,} samples of {facts['classes']} "
         f"classes, {facts['mean_classes_per_device']:.3g} classes a device; "
-        f"{facts['stragglers']:,} stragglers",
+        f"{facts['stragglers']:,} straggler{'' if facts['stragglers'] == 1 else 's'}",
         f"global batch {simulation.global_batch:,}; "
         + (f"seed {seeds[0]}" if len(seeds) == 1 else f"mean ± sd of {len(seeds)} seeds"),
     ]
