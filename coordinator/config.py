@@ -63,7 +63,8 @@ class RunSettings(Settings, frozen=True, kw_only=True):
 
     ``out`` is the run's folder (default ``runs/{run}``); ``state`` the URL of the state store
     (default an SQLite file in that folder). ``ahead`` is how many steps devices may be in front
-    in a frozen run. ``threads`` limits PyTorch on the coordinator.
+    in a frozen run. ``threads`` limits PyTorch on the coordinator. ``bundle_key`` is the private
+    key file that the run's bundle is signed with, for devices that demand it.
     """
 
     run: str = "run"
@@ -84,6 +85,7 @@ class RunSettings(Settings, frozen=True, kw_only=True):
     checkpoint: CheckpointSettings = msgspec.field(default_factory=CheckpointSettings)
     ahead: int = 4
     threads: int | None = None
+    bundle_key: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

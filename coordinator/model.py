@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from torch import nn
 from coordinator.config import RunSettings
 from models.export import export_bundle
 from models.registry import build_network, default_cut
+from models.release import Release
 from models.split import SplitNetwork, split_network
 from models.verify import CHECK_BYTES
-from wire.bundle import Bundle, bundle_digest
+from wire.bundle import Bundle, bundle_digest, sign_bundle
 from wire.errors import ConfigError
+from wire.signing import build_signature_file, load_signing_key
 
 BUNDLE_FILE = "client.bundle"
 
@@ -63,6 +66,7 @@ def export_split(
     name: str | None = None,
     version: str = "1",
     check_bytes: int = CHECK_BYTES,
+    release: Release | None = None,
 ) -> bytes:
     """The client segment as a bundle, as the settings want it, checked on ``samples`` too where
     they fit it; raises ModelError naming the layer that stands in the way."""
@@ -77,6 +81,7 @@ def export_split(
         global_batch=settings.global_batch,
         samples=samples if fits else None,
         check_bytes=check_bytes,
+        release=release,
     )
 
 
@@ -92,17 +97,34 @@ def build_model(
 
     ``samples`` are real ones, (N, *input_shape), to check the bundle with.
     """
+    sign = build_signer(settings.bundle_key, source=source)
     split = build_split(settings, input_shape=input_shape, classes=classes, source=source)
     path = settings.directory / BUNDLE_FILE
-    data = export_split(settings, split, classes=classes, samples=samples)
+    release = Release(sign=sign)
+    data = export_split(settings, split, classes=classes, samples=samples, release=release)
     bundle = Bundle.from_bytes(data)
     if path.exists():
         kept = path.read_bytes()
         if _same_content(Bundle.from_bytes(kept), bundle):
+            if sign is not None:  # the same bytes again, unless the key is another one
+                kept = sign_bundle(kept, sign)
             return RunModel(split=split, bundle=Bundle.from_bytes(kept), bundle_bytes=kept)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     return RunModel(split=split, bundle=bundle, bundle_bytes=data)
+
+
+def build_signer(
+    path: str | None, *, source: str | None, field: str = "$.bundle_key"
+) -> Callable[[bytes], bytes] | None:
+    """What signs a manifest with a key file; None without one, ConfigError if it is none."""
+    if path is None:
+        return None
+    try:
+        key = load_signing_key(path)
+    except ConfigError as exc:
+        raise ConfigError(f"{path}: {exc.expected}", source=source, field=field) from exc
+    return lambda manifest: build_signature_file(manifest, [key])
 
 
 def _same_content(one: Bundle, other: Bundle) -> bool:

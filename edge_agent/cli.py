@@ -1,15 +1,21 @@
-"""The command ``edge-agent``: run · check · bench."""
+"""The command ``edge-agent``: run · check · bench · bundle."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import typer
 
-from edge_agent.config import AgentSettings, load_agent_settings
+from edge_agent.config import (
+    MAX_BUNDLE_BYTES,
+    SELF_TEST_BYTES,
+    AgentSettings,
+    ComputeSettings,
+    load_agent_settings,
+)
 from wire import __version__
 from wire.command import configure_logging, run_command, stop_on_signals
 
@@ -33,6 +39,12 @@ BundleOption = Annotated[
     Path | None,
     typer.Option(help="A bundle (client.bundle of a run, or of coordinator export)."),
 ]
+
+FileArgument = Annotated[Path, typer.Argument(help="A bundle file.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+bundle_app = typer.Typer(help="Look at a bundle file, or check it.", no_args_is_help=True)
+app.add_typer(bundle_app, name="bundle")
 
 
 @app.callback(invoke_without_command=True)
@@ -129,6 +141,70 @@ def bench(
 
     settings = None if config is None else load_agent_settings(config)
     run_bench(settings, bundle, batch, rounds=rounds, as_json=as_json)
+
+
+@bundle_app.command()
+def show(file: FileArgument, as_json: JsonOption = False) -> None:
+    """Print what a bundle says of itself. Signatures are named and not checked.
+
+    Example: edge-agent bundle show client.bundle
+    """
+    from edge_agent.bundle_command import show_bundle
+
+    _print_bundle(show_bundle(file, max_bytes=MAX_BUNDLE_BYTES), as_json=as_json)
+
+
+@bundle_app.command()
+def verify(
+    file: FileArgument,
+    config: Annotated[
+        str | None,
+        typer.Option("-c", "--config", help="The agent's YAML file: keys, backends, limits."),
+    ] = None,
+    key: Annotated[
+        list[str] | None,
+        typer.Option(help="A public key to accept, by file or in base64; repeatable."),
+    ] = None,
+    self_test: Annotated[
+        bool, typer.Option("--self-test/--no-self-test", help="Run the golden samples too.")
+    ] = True,
+    limit_s: Annotated[float, typer.Option(min=1, help="Longest time for the self-test.")] = 120.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a bundle as an agent does before it uses it; exit code 65 if it would be refused.
+
+    Hashes, signature, expiry, agent version, and the self-test on this machine.
+
+    Example: edge-agent bundle verify client.bundle --key fleet.pub
+    """
+    from edge_agent.bundle_command import verify_bundle_file
+    from wire.signing import load_trusted_keys
+
+    settings = None if config is None else load_agent_settings(config)
+    keys = key or ([] if settings is None else settings.bundle_keys)
+    trust = load_trusted_keys(
+        keys, source=None if key else config, field="--key" if key else "$.bundle_keys"
+    )
+    compute = ComputeSettings() if settings is None else settings.compute
+    report = verify_bundle_file(
+        file,
+        max_bytes=MAX_BUNDLE_BYTES if settings is None else settings.max_bundle_bytes,
+        trust=trust,
+        compute=compute if self_test else None,
+        memory_bytes=SELF_TEST_BYTES if settings is None else settings.self_test_max_bytes,
+        limit_s=limit_s,
+    )
+    _print_bundle(report, as_json=as_json)
+
+
+def _print_bundle(report: dict[str, Any], *, as_json: bool) -> None:
+    from edge_agent.bundle_command import bundle_lines
+
+    if as_json:
+        typer.echo(json.dumps(report))
+        return
+    for label, value in bundle_lines(report):
+        typer.echo(f"{label:<12} {value}")
 
 
 def main() -> None:

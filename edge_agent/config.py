@@ -16,6 +16,8 @@ from wire.settings import Settings, load_settings
 from wire.topics import NAME_RULE, is_valid_name
 
 MIB = 1 << 20
+MAX_BUNDLE_BYTES = 512 * MIB
+SELF_TEST_BYTES = 512 * MIB
 
 S = TypeVar("S", bound=Settings)
 
@@ -72,9 +74,9 @@ class AgentSettings(Settings, frozen=True, kw_only=True):
     compute: ComputeSettings = msgspec.field(default_factory=ComputeSettings)
     state_dir: str | None = None
     telemetry_every_s: float = 10.0
-    max_bundle_bytes: int = 512 * MIB
+    max_bundle_bytes: int = MAX_BUNDLE_BYTES
     bundle_keys: tuple[str, ...] = ()
-    self_test_max_bytes: int = 512 * MIB
+    self_test_max_bytes: int = SELF_TEST_BYTES
     labels: dict[str, str] = msgspec.field(default_factory=dict)
     trial_delay: TrialDelay = msgspec.field(default_factory=TrialDelay)
 

@@ -136,6 +136,8 @@ class Session:
         allocation, weights = self.allocation, self.weights
         if allocation is None or weights is None or allocation.mode is Mode.FROZEN:
             return False
+        if self.fleet is not None and not self.fleet.online:
+            return False
         if not allocation.bundle == weights.bundle == self.bundle:
             return False
         return any(slot.step == weights.step for slot in self._sent - self._answered)

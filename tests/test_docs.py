@@ -252,11 +252,16 @@ def test_yaml_snippets_are_settings(path: Path, text: str) -> None:
 
 
 def _commands(app: Any) -> dict[str, set[str]]:
-    """Options of each subcommand."""
+    """Options of each subcommand; a group has those of all its commands."""
     return {
-        name: {option for parameter in command.params for option in parameter.opts}
+        name: _options(command)
         for name, command in get_command(app).commands.items()  # type: ignore[attr-defined]
     }
+
+
+def _options(command: Any) -> set[str]:
+    own = {option for parameter in command.params for option in parameter.opts}
+    return own.union(*(_options(inner) for inner in getattr(command, "commands", {}).values()))
 
 
 def _command_lines() -> list[tuple[str, list[str]]]:

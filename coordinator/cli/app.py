@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli import broker_config, demo, devices, doctor, export, simulate, status, train
+from coordinator.cli import (
+    broker_config,
+    demo,
+    devices,
+    doctor,
+    export,
+    keys,
+    simulate,
+    status,
+    train,
+)
 from wire import __version__
 from wire.command import run_command
 
@@ -34,6 +44,7 @@ app.command()(devices.devices)
 app.command()(status.status)
 app.command()(simulate.simulate)
 app.command()(export.export)
+app.add_typer(keys.app, name="keys")
 app.command("broker-config")(broker_config.broker_config)
 app.command()(doctor.doctor)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import sys
 import zipfile
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,11 +20,45 @@ from wire.settings import load_settings
 
 if TYPE_CHECKING:
     from coordinator.config import RunSettings
+    from models.release import Release
     from wire.bundle import Bundle, Manifest, TensorSpec
 
 # Of intermediate values while the bundle is checked; a run's start takes less.
 _CHECK_BYTES = 2 * 1024**3
 _MEASURES = {"largest": "off by", "norm": "off by the norm"}
+
+BackwardOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="onnx|torch",
+        help="onnx: devices without PyTorch can train it too; torch: all need PyTorch.",
+    ),
+]
+SequenceOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Place in the order of releases under this name: devices refuse a lower one than "
+        "they have had.  [default: the Unix time]",
+    ),
+]
+ExpiresOption = Annotated[
+    str | None,
+    typer.Option(metavar="TIME", help="Devices refuse it from then on: 2027-01-31, or 90d."),
+]
+MinimumAgentOption = Annotated[
+    str, typer.Option(metavar="VERSION", help="Oldest agent that may use it.")
+]
+KeyOption = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Private key to sign with (keys new).")
+]
+OutOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write the bundle.")]
+UnpackOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Write the bundle's files here as well.")
+]
+ListCutsOption = Annotated[
+    bool, typer.Option("--list-cuts", help="List the possible cut layers and end.")
+]
 
 
 def export(
@@ -42,25 +78,17 @@ def export(
     frozen: Annotated[
         bool | None, typer.Option("--frozen/--trained", help="Whether devices train the segment.")
     ] = None,
-    backward: Annotated[
-        str | None,
-        typer.Option(
-            metavar="onnx|torch",
-            help="onnx: devices without PyTorch can train it too; torch: all need PyTorch.",
-        ),
-    ] = None,
+    backward: BackwardOption = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the initial weights.")] = None,
     name: Annotated[str | None, typer.Option(help="The bundle's name.")] = None,
     version: Annotated[str, typer.Option(help="The bundle's version.")] = "1",
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to write the bundle.")
-    ] = None,
-    unpack: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write the bundle's files here as well.")
-    ] = None,
-    list_cuts: Annotated[
-        bool, typer.Option("--list-cuts", help="List the possible cut layers and end.")
-    ] = False,
+    sequence: SequenceOption = None,
+    expires: ExpiresOption = None,
+    minimum_agent: MinimumAgentOption = "",
+    key: KeyOption = None,
+    out: OutOption = None,
+    unpack: UnpackOption = None,
+    list_cuts: ListCutsOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write the client segment of a network as ONNX with initial weights and a manifest.
@@ -76,7 +104,10 @@ def export(
         return
     if out is None and unpack is None:
         raise typer.BadParameter("expected --out FILE, --unpack DIR or --list-cuts")
-    data = _build(settings, shape, number, source=source, name=name, version=version)
+    release = _release(settings, source, sequence, expires, minimum_agent, key)
+    data = _build(
+        settings, shape, number, source=source, name=name, version=version, release=release
+    )
     if out is not None:
         _write(out, data, "--out")
     if unpack is not None:
@@ -180,6 +211,7 @@ def _build(
     source: str,
     name: str | None,
     version: str,
+    release: Release,
 ) -> bytes:
     from coordinator.model import build_split, export_split
     from edge_agent.datasets import load_data
@@ -196,7 +228,51 @@ def _build(
         name=name,
         version=version,
         check_bytes=_CHECK_BYTES,
+        release=release,
     )
+
+
+def _release(
+    settings: RunSettings,
+    source: str,
+    sequence: int | None,
+    expires: str | None,
+    minimum_agent: str,
+    key: str | None,
+) -> Release:
+    """Flags that concern the release; the file's ``bundle_key`` signs where no flag does."""
+    from coordinator.model import build_signer
+    from models.release import Release
+
+    if minimum_agent and not re.fullmatch(r"\d+(\.\d+)*", minimum_agent):
+        raise typer.BadParameter(
+            f"--minimum-agent: expected a version such as 0.2.0, got {minimum_agent!r}"
+        )
+    if key is not None:
+        sign = build_signer(key, source=None, field="--key")
+    else:
+        sign = build_signer(settings.bundle_key, source=source)
+    return Release(
+        sequence=sequence,
+        expires="" if expires is None else _parse_expiry(expires),
+        minimum_agent=minimum_agent,
+        sign=sign,
+    )
+
+
+def _parse_expiry(text: str) -> str:
+    """A date or time, in UTC where it does not say, or a number of days from now."""
+    now = datetime.now(UTC)
+    days = re.fullmatch(r"([1-9]\d{0,4})d", text)
+    try:
+        time = now + timedelta(days=int(days[1])) if days else datetime.fromisoformat(text)
+    except ValueError as exc:
+        expected = "expected a time such as 2027-01-31, or days such as 90d"
+        raise typer.BadParameter(f"--expires: {expected}, got {text!r}") from exc
+    time = time if time.tzinfo is not None else time.replace(tzinfo=UTC)
+    if time <= now:
+        raise typer.BadParameter(f"--expires: expected a time to come, got {text!r}")
+    return time.isoformat("T", "seconds")
 
 
 def _write(path: Path, data: bytes, flag: str) -> None:
@@ -248,6 +324,7 @@ def _facts(bundle: Bundle, size_bytes: int) -> list[tuple[str, str]]:
     facts = [
         ("bundle", f"{manifest.name} version {manifest.version}, {format_bytes(size_bytes)}"),
         ("digest", f"sha256 {bundle.digest}"),
+        ("release", _release_text(bundle)),
         ("network", f"{manifest.network}, {manifest.classes} classes, {trained}"),
         ("cut layer", manifest.cut_layer),
         ("sample", f"{_shape_text(manifest.input.shape)} {manifest.input.dtype}"),
@@ -258,6 +335,19 @@ def _facts(bundle: Bundle, size_bytes: int) -> list[tuple[str, str]]:
         ("ONNX opset", str(manifest.opset)),
     ]
     return facts + _parts(manifest)
+
+
+def _release_text(bundle: Bundle) -> str:
+    from wire.signing import parse_signatures
+
+    manifest = bundle.manifest
+    expires = f"expires {manifest.expires}" if manifest.expires else "never expires"
+    if bundle.signature_file is None:
+        signed = "not signed"
+    else:
+        keys = (entry.key for entry in parse_signatures(bundle.signature_file))
+        signed = f"signed by {', '.join(keys)}"
+    return f"sequence {manifest.sequence}, {expires}, {signed}"
 
 
 def _parts(manifest: Manifest) -> list[tuple[str, str]]:
