@@ -41,6 +41,7 @@ class Updater:
     def __init__(self, store: SlotStore, policy: Policy, host: Host) -> None:
         self._store = store
         self._policy = policy
+        self._host = host
         self._ledger = Ledger(store, host.say)
         self._incoming = Incoming(store, self._ledger, policy, host)
         self._in_use = BundleInUse(store, self._ledger, policy, host)
@@ -212,6 +213,8 @@ class Updater:
             end.reason,
         )
         self._ledger.note(build_status(end.offer, end.phase, end.reason))
+        if end.offer.campaign:
+            self._host.announce()  # a run whose bundle was refused meanwhile offers it again
 
     def _discard(self) -> None:
         try:

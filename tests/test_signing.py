@@ -172,5 +172,13 @@ def test_private_key_in_place_of_the_public_one_is_not_taken(tmp_path: Path) -> 
         load_signing_key(tmp_path / "k.pub")
 
 
+def test_service_manager_may_hand_the_private_key_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_key_pair(KEY, tmp_path / "k.key", tmp_path / "k.pub")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert load_signing_key("credential:k.key").public == KEY.public
+
+
 def test_key_id_is_pinned() -> None:
     assert PublicKey(bytes(32)).key_id == "66687aadf862bd77"

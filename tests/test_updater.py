@@ -618,6 +618,16 @@ def test_run_does_not_disturb_a_campaign(device: _Device) -> None:
     assert device.in_use == _digest(TWO)
 
 
+def test_end_of_a_campaign_makes_a_run_offer_its_bundle_again(device: _Device) -> None:
+    device.offer(_offer(ONE))
+    births = device.host.births
+    device.cancel(ONE)
+    assert device.host.births == births + 1
+    device.offer(msgspec.structs.replace(_offer(TWO, ""), size_bytes=100_001))
+    assert device.last.phase is REFUSED
+    assert device.host.births == births + 1, "a birth would bring the run's offer again"
+
+
 def test_campaign_takes_over_the_trial_of_a_run_with_the_same_bundle(device: _Device) -> None:
     device.update(ONE, "")
     device.offer(_offer(ONE))

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 
+from wire.credentials import secret_path
 from wire.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -166,8 +167,8 @@ def write_key_pair(key: SigningKey, private_path: Path, public_path: Path) -> No
 
 
 def load_signing_key(path: str | Path, *, field: str | None = None) -> SigningKey:
-    """Read a private key file; raise ConfigError naming it."""
-    raw = _read_key_file(Path(path), field)
+    """Read a private key file, or ``credential:NAME``; raise ConfigError naming it."""
+    raw = _read_key_file(str(path), field)
     try:
         private = _serialization().load_pem_private_key(raw, password=None)
     except (ValueError, TypeError, _unsupported()) as exc:
@@ -184,7 +185,7 @@ def load_public_key(text: str, *, field: str | None = None) -> PublicKey:
     raw = _decode_base64(text)
     if len(raw) == _KEY_BYTES:
         return PublicKey(raw)
-    data = _read_key_file(Path(text), field)
+    data = _read_key_file(text, field)
     try:
         public = _serialization().load_pem_public_key(data)
     except (ValueError, TypeError, _unsupported()) as exc:
@@ -211,7 +212,8 @@ def load_trusted_keys(
     return TrustedKeys(tuple(keys)) if keys else None
 
 
-def _read_key_file(path: Path, field: str | None) -> bytes:
+def _read_key_file(text: str, field: str | None) -> bytes:
+    path = secret_path(text, field=field or "")
     try:
         with path.open("rb") as file:
             return file.read(_MAX_KEY_FILE_BYTES)
