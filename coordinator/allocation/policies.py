@@ -29,6 +29,11 @@ from coordinator.allocation.posterior import Fit, build_population, fit_posterio
 from coordinator.allocation.targeted import ClassTargetedSampling
 from coordinator.allocation.validation import FloatArray, IntArray
 
+# A fit is made anew once devices with this share of its draws have run out: of hundreds of devices
+# that is the first to run out, and of a hundred thousand, some of which do so in each step, a few
+# hundred.
+MOST_SHARE_GONE = 0.005
+
 
 class _Stateless:
     """A policy that decides from what is left alone."""
@@ -103,8 +108,8 @@ class UniformGlobalSampling(_Stateless):
 class LatentDirichletSampling:
     """LDS: B draws from the posterior, refitted on what is left.
 
-    Refits come every ``refit_every`` steps, whenever a device has run out, and after ``replan``.
-    With one fit for the whole epoch the last steps hold whatever classes remain.
+    Refits come every ``refit_every`` steps, when devices that the fit counts on have run out, and
+    after ``replan``. With one fit for the whole epoch the last steps hold whatever classes remain.
     """
 
     def __init__(self, fleet: Fleet) -> None:
@@ -113,7 +118,6 @@ class LatentDirichletSampling:
         self.delta: float | None = None
         self._fit: Fit | None = None
         self._edges_K = np.zeros(0)
-        self._present = 0
         self._steps_since_fit = 0
         self._stale = True
 
@@ -138,7 +142,6 @@ class LatentDirichletSampling:
         """The last fit: it was made on an earlier remainder, so it cannot be made again."""
         state: State = {
             "delta": self.delta,
-            "present": self._present,
             "steps_since_fit": self._steps_since_fit,
             "stale": self._stale,
             "pi": None,
@@ -157,7 +160,6 @@ class LatentDirichletSampling:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue with the fit of ``state``."""
         self.delta = state["delta"]
-        self._present = int(state["present"])
         self._steps_since_fit = int(state["steps_since_fit"])
         self._stale = bool(state["stale"])
         self._fit = None
@@ -173,13 +175,13 @@ class LatentDirichletSampling:
             )
 
     def _refit_where_due(self, remaining_K: IntArray) -> Fit:
-        present = int(np.count_nonzero(remaining_K))
+        fit = self._fit
         due = self._stale or self._steps_since_fit >= self._fleet.refit_every
-        if self._fit is None or due or present != self._present:
-            self._use(self._refit(remaining_K))
-            self._present, self._steps_since_fit, self._stale = present, 0, False
-        assert self._fit is not None
-        return self._fit
+        if fit is None or due or fit.pi_K[remaining_K == 0].sum() > MOST_SHARE_GONE:
+            fit = self._refit(remaining_K)
+            self._use(fit)
+            self._steps_since_fit, self._stale = 0, False
+        return fit
 
     def _refit(self, remaining_K: IntArray) -> Fit:
         population = build_population(self._fleet.beta_MK, remaining_K, self._delays_K)

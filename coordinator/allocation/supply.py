@@ -50,15 +50,17 @@ class Speeds:
         lasts = self.fixed_K[active] + self.per_sample_K[active] * counts_K[active]
         return float(lasts.max())
 
-    def room_within(self, time_s: float, devices: IntArray, room: IntArray) -> IntArray:
-        """Samples that each of these devices can serve within ``time_s``, at most its ``room``."""
-        spare = time_s * (1 + _SLACK) - self.fixed_K[devices]
-        each = self.per_sample_K[devices]
-        most = room.astype(np.float64)
+    def room_within(self, time_s: float, room_K: IntArray) -> IntArray:
+        """Samples that each device can serve within ``time_s``, at most its room."""
+        spare_K = time_s * (1 + _SLACK) - self.fixed_K
+        if not self.per_sample_K.any():
+            return np.where(spare_K >= 0, room_K, 0)
+        most_K = room_K.astype(np.float64)
         # A time per sample that the spare time holds more often than there is room counts as 0.
-        counted = each * most > np.maximum(spare, 0.0)
-        served = np.floor(np.divide(spare, each, out=most, where=counted) + _SLACK)
-        return np.where(spare >= 0, np.maximum(served, 0), 0).astype(np.int64)
+        counted_K = self.per_sample_K * most_K > np.maximum(spare_K, 0.0)
+        served_K = np.divide(spare_K, self.per_sample_K, out=most_K, where=counted_K)
+        served_K = np.maximum(np.floor(served_K + _SLACK), 0.0)
+        return np.where(spare_K >= 0, served_K, 0.0).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,37 +85,37 @@ class Demand:
 Fill = Callable[[Demand, Speeds, float], IntArray | None]
 
 
-def class_order(demand: Demand, speeds: Speeds, time_s: float) -> list[int]:
-    """Classes that are wanted, the scarcest within ``time_s`` first."""
-    scarcity = []
-    for label in np.flatnonzero(demand.wanted_M):
-        ids = demand.holders[label]
-        room = speeds.room_within(time_s, ids, demand.room_K[ids])
-        supply = int(np.minimum(demand.remaining_MK[label, ids], room).sum())
-        scarcity.append((supply / int(demand.wanted_M[label]), int(label)))
-    return [label for _, label in sorted(scarcity)]
+def class_supply(demand: Demand, room_K: IntArray) -> IntArray:
+    """Samples of each class that devices could give if it were the only one wanted, (M,)."""
+    supply_M: IntArray = np.minimum(demand.remaining_MK, room_K).sum(axis=1)
+    return supply_M
 
 
 def fill_greedily(demand: Demand, speeds: Speeds, time_s: float) -> IntArray | None:
     """Counts (M, K) that meet the demand within ``time_s``; None where this rule finds none."""
-    counts_MK, missing = fill_as_far(demand, speeds, time_s, stop_early=True)
+    room_K = speeds.room_within(time_s, demand.room_K)
+    if np.any(class_supply(demand, room_K) < demand.wanted_M):
+        return None
+    counts_MK, missing = fill_as_far(demand, room_K, stop_early=True)
     return None if missing else counts_MK
 
 
 def fill_as_far(
-    demand: Demand, speeds: Speeds, time_s: float, *, stop_early: bool = False
+    demand: Demand, room_K: IntArray, *, stop_early: bool = False
 ) -> tuple[IntArray, int]:
-    """Counts (M, K), and how many samples could not be supplied.
+    """Counts (M, K) within the devices' room, and how many samples could not be supplied.
 
-    ``stop_early``: the first class that cannot be met ends it.
+    The scarcest class goes first. ``stop_early``: the first that cannot be met ends it.
     """
     counts_MK = np.zeros(demand.shape, dtype=np.int64)
-    used_K = np.zeros(demand.shape[1], dtype=np.int64)
+    room_K = room_K.copy()
     missing = 0
-    for label in class_order(demand, speeds, time_s):
-        for ids, given in _serve_class(demand, speeds, time_s, label, used_K):
+    wanted = np.flatnonzero(demand.wanted_M)
+    scarcity = class_supply(demand, room_K)[wanted] / demand.wanted_M[wanted]
+    for label in wanted[np.argsort(scarcity, kind="stable")]:
+        for ids, given in _serve_class(demand, int(label), room_K):
             counts_MK[label, ids] = given
-            used_K[ids] += given
+            room_K[ids] -= given
         missing += int(demand.wanted_M[label] - counts_MK[label].sum())
         if missing and stop_early:
             break
@@ -121,7 +123,7 @@ def fill_as_far(
 
 
 def _serve_class(
-    demand: Demand, speeds: Speeds, time_s: float, label: int, used_K: IntArray
+    demand: Demand, label: int, room_K: IntArray
 ) -> Iterator[tuple[IntArray, IntArray]]:
     """(devices, samples of the class that each gives), a chunk of its holders at a time."""
     missing = int(demand.wanted_M[label])
@@ -129,8 +131,7 @@ def _serve_class(
     start, chunk = 0, max(_LEAST_CHUNK, _CHUNK_PER_SAMPLE * missing)
     while missing and start < holders.size:
         ids = holders[start : start + chunk]
-        room = speeds.room_within(time_s, ids, demand.room_K[ids])
-        available = np.minimum(demand.remaining_MK[label, ids], np.maximum(room - used_K[ids], 0))
+        available = np.minimum(demand.remaining_MK[label, ids], room_K[ids])
         given = np.clip(missing - (np.cumsum(available) - available), 0, available)
         yield ids, given
         missing -= int(given.sum())
@@ -145,8 +146,7 @@ def fill_exactly(demand: Demand, speeds: Speeds, time_s: float) -> IntArray | No
     from scipy.optimize import linprog  # noqa: PLC0415 (half a second that other policies save)
     from scipy.sparse import csr_array  # noqa: PLC0415
 
-    everybody = np.arange(demand.shape[1])
-    room_K = speeds.room_within(time_s, everybody, demand.room_K)
+    room_K = speeds.room_within(time_s, demand.room_K)
     most_MK = np.minimum(np.minimum(demand.remaining_MK, room_K), demand.wanted_M[:, None])
     labels, devices = np.nonzero(most_MK)
     if np.any(most_MK.sum(axis=1) < demand.wanted_M):
@@ -178,17 +178,54 @@ def _slowness_rank(demand: Demand, devices: IntArray) -> FloatArray:
 
 
 def smallest_supply(
-    demand: Demand, speeds: Speeds, *, least_s: float, exactly: bool
+    demand: Demand, speeds: Speeds, *, least_s: float, guess_s: float = 0.0, exactly: bool
 ) -> IntArray | None:
     """Counts (M, K) in the smallest time from ``least_s`` on, to 1 %; None where none was found.
 
-    The greedy rule searches first; ``exactly`` lets the solver go on from what it found.
+    ``guess_s`` is a time to look round first. The greedy rule searches first; ``exactly`` lets the
+    solver go on from what it found.
     """
-    best = fill_greedily(demand, speeds, least_s)
+    soonest_s = _soonest_s(demand, speeds, least_s, guess_s)
+    if soonest_s is None:
+        return None
+    best = fill_greedily(demand, speeds, soonest_s)
     if best is not None:
         return best
-    best = _search(demand, speeds, fill_greedily, least_s, None)
-    return _search(demand, speeds, fill_exactly, least_s, best) if exactly else best
+    best = _search(demand, speeds, fill_greedily, soonest_s, None)
+    return _search(demand, speeds, fill_exactly, soonest_s, best) if exactly else best
+
+
+def _soonest_s(demand: Demand, speeds: Speeds, least_s: float, guess_s: float) -> float | None:
+    """Smallest time, to 1 %, in which each class alone could be met: no supply is over sooner."""
+
+    def suffices(time_s: float) -> bool:
+        room_K = speeds.room_within(time_s, demand.room_K)
+        return bool(np.all(class_supply(demand, room_K) >= demand.wanted_M))
+
+    if suffices(least_s):
+        return least_s
+    low_s, high_s = least_s, longest_s(demand, speeds)
+    if not suffices(high_s):
+        return None
+    step = 1 + 2 * TIME_TOLERANCE
+    if low_s < guess_s < high_s:
+        # From the guess, away in growing strides until a time that does is on the other side.
+        while low_s < guess_s < high_s:
+            if suffices(guess_s):
+                high_s, guess_s = guess_s, guess_s / step
+            else:
+                low_s, guess_s = guess_s, guess_s * step
+            step = step**2
+    for _ in range(_MOST_TRIALS):
+        if high_s <= low_s * (1 + TIME_TOLERANCE):
+            break
+        middle_s = _between(low_s, high_s)
+        low_s, high_s = (low_s, middle_s) if suffices(middle_s) else (middle_s, high_s)
+    return high_s
+
+
+def _between(low_s: float, high_s: float) -> float:
+    return math.sqrt(low_s * high_s) if low_s > 0 else high_s / 8
 
 
 def _search(
@@ -203,7 +240,7 @@ def _search(
     for _ in range(_MOST_TRIALS):
         if high_s <= low_s * (1 + TIME_TOLERANCE):
             break
-        middle_s = math.sqrt(low_s * high_s) if low_s > 0 else high_s / 8
+        middle_s = _between(low_s, high_s)
         found = fill(demand, speeds, middle_s)
         if found is None:
             low_s = middle_s
