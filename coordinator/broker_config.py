@@ -27,6 +27,9 @@ OLDEST_MOSQUITTO = (1, 6, 0)
 
 COORDINATOR_USER = "coordinator"
 
+OPERATOR_USER = "operator"
+"""Who may command rollouts from another host without being the coordinator."""
+
 # rumqttd keeps the last segments of every topic filter in memory and drops what a slow client
 # has not read by then, acknowledged or not: small ones lose messages, the stock 10 x 100 MB grow
 # to gigabytes over a fleet's filters. These hold some hundred steps of a demo.
@@ -267,6 +270,13 @@ def lab_acl(lab: LabBroker) -> str:
         f"topic readwrite {root}/#\n"
         "# It may look at the broker's own figures.\n"
         "topic read $SYS/#\n"
+        "\n"
+        "# An operator's commands, from any host: they ask the coordinator and read its answers,\n"
+        "# and reach no device by themselves. Devices have no rule for op/ at all.\n"
+        f"user {OPERATOR_USER}\n"
+        f"topic write {root}/op/+/request\n"
+        f"topic write {root}/op/+/bundle\n"
+        f"topic read {root}/op/+/reply\n"
         "\n"
         "# %u is the name that a device has logged in with: it is the device's id.\n"
         "# A device writes under its own name only, so no device can speak for another.\n"

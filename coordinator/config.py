@@ -62,14 +62,17 @@ class RunSettings(Settings, frozen=True, kw_only=True):
     """One training run.
 
     ``out`` is the run's folder (default ``runs/{run}``); ``state`` the URL of the state store
-    (default an SQLite file in that folder). ``ahead`` is how many steps devices may be in front
-    in a frozen run. ``threads`` limits PyTorch on the coordinator. ``bundle_key`` is the private
-    key file that the run's bundle is signed with, for devices that demand it.
+    (default an SQLite file in that folder). ``fleet_out`` is the folder of what outlives a run:
+    campaigns, unless ``state`` names a store, and their bundles (default ``fleets/{fleet}``).
+    ``ahead`` is how many steps devices may be in front in a frozen run. ``threads`` limits PyTorch
+    on the coordinator. ``bundle_key`` is the private key file that the run's bundle is signed with,
+    for devices that demand it.
     """
 
     run: str = "run"
     fleet: str = "lab"
     out: str | None = None
+    fleet_out: str | None = None
     state: str | None = None
     mqtt: MqttSettings = msgspec.field(default_factory=MqttSettings)
     network: NetworkSettings = msgspec.field(default_factory=NetworkSettings)
@@ -111,6 +114,16 @@ class RunSettings(Settings, frozen=True, kw_only=True):
     def state_url(self) -> str:
         """URL of the state store."""
         return self.state or f"sqlite:///{self.directory / 'state.sqlite'}"
+
+    @property
+    def fleet_directory(self) -> Path:
+        """The fleet's folder; it comes with the first rollout."""
+        return Path(self.fleet_out or f"fleets/{self.fleet}")
+
+    @property
+    def fleet_state_url(self) -> str:
+        """URL of the store that holds campaigns."""
+        return self.state or f"sqlite:///{self.fleet_directory / 'state.sqlite'}"
 
     def round_settings(self) -> RoundSettings:
         """The part that the round state machine needs."""

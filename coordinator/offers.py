@@ -7,10 +7,10 @@ outside a run will come this way too.
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coordinator.model import RunModel
 from coordinator.outgoing import Publish
 from coordinator.registry import Device
 from wire.codec import encode_tensors, exact
@@ -24,6 +24,9 @@ from wire.messages import (
     encode_message,
 )
 from wire.topics import Channel
+
+if TYPE_CHECKING:  # a coordinator without a run does without PyTorch
+    from coordinator.model import RunModel
 
 logger = logging.getLogger(__name__)
 

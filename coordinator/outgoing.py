@@ -39,6 +39,7 @@ class Publish(Protocol):
         payload: bytes | bytearray,
         *,
         device: str | None = None,
+        bundle: str | None = None,
         expiry_s: float | None = None,
     ) -> None: ...
 

@@ -1,60 +1,41 @@
-"""The coordinator service: start, loop, drain, stop. A thin shell round TrainingRun.
+"""The coordinator service with a run: start, loop, drain, stop. A thin shell round TrainingRun.
 
-One thread owns all state and takes events from the inbox; the network thread only fills it.
-Signals set a flag: the run is then written down and ends after the message in hand.
+What every coordinator does, with or without a run, is in ``fleet_service``. When it is stopped
+the run is written down and ends after the message in hand.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 
 from coordinator.checkpoint import Checkpoint
 from coordinator.config import RunSettings
+from coordinator.fleet_service import IDLE_S, FleetService
 from coordinator.journal import DeviceRecord, Journal, RunRecord
 from coordinator.model import build_model, limit_threads
 from coordinator.offers import BundleOffers
 from coordinator.progress_text import format_status
 from coordinator.recorder import RunSummary, write_summary
-from coordinator.registry import Device, Registry
+from coordinator.registry import Device
 from coordinator.reporting import Reporter
 from coordinator.run import TrainingRun
 from coordinator.store import open_store
 from coordinator.summing_up import build_device_records, build_run_record, build_summary
 from edge_agent.datasets import LabelledData, load_data
 from wire.errors import ConfigError, ModelError, PeerProtocolError, Refusal, TransportError
-from wire.exit_codes import ExitCode
-from wire.inbox import Connected, Disconnected, Event, Inbox, Received
-from wire.messages import (
-    SCHEMA,
-    Birth,
-    DeviceState,
-    FleetState,
-    RolloutStatus,
-    Telemetry,
-    decode_message,
-    encode_message,
-)
-from wire.mqtt import MqttConnection, PayloadTooLargeError
-from wire.notify import notify_ready, notify_status, notify_stopping, notify_watchdog
-from wire.notify import watchdog_interval_s as read_watchdog_interval_s
-from wire.topics import (
-    Channel,
-    build_client_id,
-    build_topic,
-    coordinator_subscriptions,
-    parse_topic,
-)
+from wire.inbox import Received
+from wire.messages import FleetState, encode_message
+from wire.mqtt import MqttConnection
+from wire.notify import notify_status, notify_stopping
+from wire.topics import Channel, build_client_id, build_topic, coordinator_subscriptions
 
 logger = logging.getLogger(__name__)
 
-IDLE_S = 0.25  # longest wait for an event: progress, deadlines and the watchdog are looked after
 RECORD_EVERY_S = 1.0
-DATA_EXPIRY_S = 300.0  # a tensor message older than this is of no use to anybody
 
 
-class CoordinatorService:
+class CoordinatorService(FleetService):
     """Trains one run. ``run`` returns its exit code; ``summary`` is there once it has ended."""
 
     def __init__(
@@ -68,56 +49,32 @@ class CoordinatorService:
         broker: str = "",
     ) -> None:
         limit_threads(settings.threads)
-        self._settings = settings
-        self._source = source
         self._reporter = reporter
-        self._broker = broker or f"{settings.mqtt.host}:{settings.mqtt.port}"
+        self._run: TrainingRun | None = None
+        super().__init__(settings, source=source, broker=broker)
         self.summary: RunSummary | None = None
         self._test_data: LabelledData | None = None
         if settings.test_data is not None:
             self._test_data = load_data(settings.test_data, source=source, field="$.test_data")
         self._journal, self._attempt, self._checkpoint = self._open_journal(resume, resume_required)
-        self._registry = Registry()
-        self._run: TrainingRun | None = None
-        self._offers: BundleOffers | None = None
-        self._inbox = Inbox()
-        self._connection = self._build_connection()
-        self._stop = threading.Event()
         self._is_connected_once = False
         self._record_due_s = 0.0
         self._progress_due_s = 0.0
-        self._watchdog_interval_s = read_watchdog_interval_s()
-        self._watchdog_due_s = 0.0
         if (shape := self._known_shape()) is not None:
             self._begin(*shape)
-
-    def stop(self) -> None:
-        """Ask the service to write the run down and end; safe in a signal handler."""
-        self._stop.set()
-        self._inbox.wake()
-
-    def run(self) -> ExitCode:
-        """Train to the end, or until stopped."""
-        self._connection.start()
-        notify_ready(f"{self._settings.run}: waiting for devices")
-        code = ExitCode.OK
-        try:
-            while not self._stop.is_set():
-                if not self._connection.is_thread_alive:
-                    logger.error("the network thread has ended")
-                    code = ExitCode.SOFTWARE
-                    break
-                if self._run is not None and self._run.is_done:
-                    break
-                self._turn()
-        finally:
-            self._end()
-        return code
 
     @property
     def is_complete(self) -> bool:
         """All epochs were trained."""
         return self._run is not None and self._run.is_done
+
+    @property
+    def _title(self) -> str:
+        return self._settings.run
+
+    @property
+    def _is_done(self) -> bool:
+        return self.is_complete
 
     # Start
 
@@ -163,9 +120,12 @@ class CoordinatorService:
             fleet=settings.fleet,
             subscriptions=coordinator_subscriptions(settings.fleet),
             inbox=self._inbox,
-            next_boot=lambda: self._attempt,
+            next_boot=self._next_boot,
             build_will=self._build_will,
         )
+
+    def _next_boot(self) -> int:
+        return self._attempt
 
     def _build_will(self, _boot: int) -> tuple[str, bytes]:
         topic = build_topic(self._settings.fleet, Channel.FLEET_STATE)
@@ -235,96 +195,53 @@ class CoordinatorService:
 
     # Loop
 
-    def _turn(self) -> None:
-        now_s = time.monotonic()
-        timeout_s = IDLE_S
+    def _wait_s(self, now_s: float) -> float:
         run = self._run
-        if run is not None and run.rounds.deadline_s is not None:
-            timeout_s = max(0.0, min(timeout_s, run.rounds.deadline_s - now_s))
-        event = self._inbox.get(timeout_s)
-        if event is not None:
-            self._handle(event)
-        run = self._run
-        if run is not None:
-            if self._connection.is_connected:
-                run.tick(time.monotonic())
-            while run.checkpoint_due:
-                self._write_checkpoint(run)
-                run.checkpointed()
-        self._housekeep(time.monotonic())
+        if run is None or run.rounds.deadline_s is None:
+            return IDLE_S
+        return max(0.0, min(IDLE_S, run.rounds.deadline_s - now_s))
 
-    def _handle(self, event: Event) -> None:
-        match event:
-            case Connected():
-                self._connected()
-            case Disconnected(reason=reason):
-                notify_status(f"{self._settings.run}: offline ({reason})")
-                self._reporter.note(reason)
-            case Received() as message:
-                self._receive(message)
+    def _work(self) -> None:
+        run = self._run
+        if run is None:
+            return
+        if self._connection.is_connected:
+            run.tick(time.monotonic())
+        while run.checkpoint_due:
+            self._write_checkpoint(run)
+            run.checkpointed()
 
     def _connected(self) -> None:
+        super()._connected()
         if self._is_connected_once:
             self._reporter.note("connected again")
         self._is_connected_once = True
-        notify_status(f"{self._settings.run}: connected to {self._broker}")
         if self._run is not None:
             self._run.reconnected()
 
-    def _receive(self, message: Received) -> None:
-        name: str | None = None
-        try:
-            address = parse_topic(message.topic)
-            name = address.device
-            if name is None:
-                raise PeerProtocolError(Refusal.UNKNOWN_TOPIC, message.topic)
-            self._check(message)
-            self._dispatch(address.channel, name, message)
-        except PeerProtocolError as refusal:
-            number = self._registry.count_refusal(name, refusal.reason)
-            level = logging.WARNING if number == 1 else logging.DEBUG
-            logger.log(level, "%s: dropped a message on %s: %s", name, message.topic, refusal)
+    def _disconnected(self, reason: str) -> None:
+        super()._disconnected(reason)
+        self._reporter.note(reason)
 
-    def _check(self, message: Received) -> None:
-        if len(message.payload) > self._settings.mqtt.max_payload_bytes:
-            raise PeerProtocolError(
-                Refusal.OVERSIZED,
-                f"expected at most {self._settings.mqtt.max_payload_bytes} bytes, received "
-                f"{len(message.payload)}",
-            )
-        if message.schema is not None and message.schema != SCHEMA:
-            raise PeerProtocolError(
-                Refusal.SCHEMA, f"expected schema {SCHEMA}, received {message.schema[:20]!r}"
-            )
-
-    def _dispatch(self, channel: Channel, name: str, message: Received) -> None:
-        payload = message.payload
-        match channel:
-            case Channel.BIRTH:
-                birth = decode_message(payload, Birth)
-                self._device_changed(self._registry.on_birth(name, birth))
-            case Channel.STATE:
-                state = decode_message(payload, DeviceState)
-                self._device_changed(self._registry.on_state(name, state))
-            case Channel.ACTIVATIONS | Channel.GRADIENTS:
-                device = self._registry.known(name)
-                device.bytes_up += len(payload)
-                if self._run is None:
-                    raise PeerProtocolError(Refusal.FOREIGN_RUN, "no run is on")
-                receive = (
-                    self._run.receive_activations
-                    if channel is Channel.ACTIVATIONS
-                    else self._run.receive_gradients
-                )
-                receive(device, payload, message.arrived_s)
-            case Channel.ROLLOUT_STATUS:
-                self._answer(self._registry.known(name), decode_message(payload, RolloutStatus))
-            case Channel.TELEMETRY:
-                self._registry.known(name).telemetry = decode_message(payload, Telemetry)
-            case _:
-                raise PeerProtocolError(Refusal.UNKNOWN_TOPIC, f"{message.topic} is not for us")
+    def _receive_tensors(self, channel: Channel, name: str, message: Received) -> None:
+        device = self._registry.known(name)
+        device.bytes_up += len(message.payload)
+        if self._run is None:
+            raise PeerProtocolError(Refusal.FOREIGN_RUN, "no run is on")
+        receive = (
+            self._run.receive_activations
+            if channel is Channel.ACTIVATIONS
+            else self._run.receive_gradients
+        )
+        receive(device, message.payload, message.arrived_s)
 
     # Devices and bundles
+
+    def _run_members(self) -> tuple[str, frozenset[str]]:
+        run = self._run
+        if run is None or run.is_done:
+            return "", frozenset()
+        return run.requirements.bundle, run.rounds.members
 
     def _device_changed(self, device: Device) -> None:
         if self._run is None:
@@ -341,19 +258,22 @@ class CoordinatorService:
         run.device_changed(device, time.monotonic())
         if device.problem:
             logger.warning("%s: takes no part: %s", device.name, device.problem)
-        elif self._offers and device.is_online and not device.has_bundle(run.requirements):
-            self._offers.offer(device)
+        elif device.is_online and not device.has_bundle(run.requirements):
+            self._offer(device)
 
-    def _answer(self, device: Device, status: RolloutStatus) -> None:
-        if self._offers is None:
-            raise PeerProtocolError(Refusal.FOREIGN_BUNDLE, "no bundle was offered")
-        self._offers.answer(device, status)
+    def _offer(self, device: Device) -> None:
+        """Hand the run's bundle to a device, unless a rollout has it in hand."""
+        reason = self._rollouts.hold_on(device.name)
+        if reason:
+            device.problem = f"waits: {reason}"
+            logger.info("%s: takes no part: %s", device.name, reason)
+        elif self._offers is not None:
+            self._offers.offer(device)
 
     # Writing down
 
     def _housekeep(self, now_s: float) -> None:
-        for topic in self._inbox.take_dropped_topics():
-            self._registry.count_refusal(parse_topic(topic).device, Refusal.QUEUE_FULL)
+        super()._housekeep(now_s)
         if self._run is not None and now_s >= self._progress_due_s:
             self._progress_due_s = now_s + IDLE_S
             self._reporter.progress(self._run.progress())
@@ -365,10 +285,6 @@ class CoordinatorService:
                 if self._connection.is_connected:
                     line = format_status(self._run.progress())
                     notify_status(f"{self._settings.run}: {line}")
-        if self._watchdog_interval_s is not None and now_s >= self._watchdog_due_s:
-            # This loop turns and the network thread lives: that is what progress means here.
-            self._watchdog_due_s = now_s + self._watchdog_interval_s
-            notify_watchdog()
 
     def _write_state(self, *, online: bool) -> None:
         """Status for other processes; a store that fails now must not stop the training."""
@@ -410,24 +326,8 @@ class CoordinatorService:
         if run is not None:
             run.say_offline()
             run.log.close()
+        self._rollouts.close()
         self._connection.stop()
         self._journal.close()
         if self.summary is not None:
             self._reporter.finish(self.summary)
-
-    def _publish(
-        self,
-        channel: Channel,
-        payload: bytes | bytearray,
-        *,
-        device: str | None = None,
-        expiry_s: float | None = None,
-    ) -> None:
-        if expiry_s is None and channel is Channel.CUT_GRADIENT:
-            expiry_s = DATA_EXPIRY_S
-        try:
-            self._connection.publish(channel, payload, device=device, expiry_s=expiry_s)
-        except PayloadTooLargeError as exc:
-            raise ModelError(
-                f"{exc}: raise mqtt.max_payload_bytes and the broker's max_packet_size"
-            ) from exc

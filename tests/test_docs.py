@@ -150,6 +150,8 @@ def test_topics_are_those_of_the_code() -> None:
             topic = f"dev/{{id}}/down/{channel.level}"
         elif channel.direction is Direction.UP:
             topic = f"dev/{{id}}/up/{channel.level}"
+        elif channel.direction is Direction.OPERATOR:
+            topic = f"op/{{name}}/{channel.level}"
         else:
             key = "/{key}" if channel is Channel.SHARED_BUNDLE else ""
             topic = f"fleet/{channel.level}{key}"
@@ -252,16 +254,14 @@ def test_yaml_snippets_are_settings(path: Path, text: str) -> None:
 
 
 def _commands(app: Any) -> dict[str, set[str]]:
-    """Options of each subcommand; a group has those of all its commands."""
-    return {
-        name: _options(command)
-        for name, command in get_command(app).commands.items()  # type: ignore[attr-defined]
-    }
-
-
-def _options(command: Any) -> set[str]:
-    own = {option for parameter in command.params for option in parameter.opts}
-    return own.union(*(_options(inner) for inner in getattr(command, "commands", {}).values()))
+    """Options of each command; ``group command`` for one within a group."""
+    found = {}
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        for inner, part in getattr(command, "commands", {"": command}).items():
+            options = {option for parameter in part.params for option in parameter.opts}
+            secondary = {o for parameter in part.params for o in parameter.secondary_opts}
+            found[f"{name} {inner}".strip()] = options | secondary
+    return found
 
 
 def _command_lines() -> list[tuple[str, list[str]]]:
@@ -277,7 +277,8 @@ def test_commands_and_options_in_the_documents_exist() -> None:
     lines = _command_lines()
     assert len(lines) >= 10
     for program, words in lines:
-        subcommand, rest = words[0], words[1:]
+        length = 1 if words[0] in known[program] else 2
+        subcommand, rest = " ".join(words[:length]), words[length:]
         assert subcommand in known[program], (program, words)
         for word in rest:
             if word.startswith("-"):

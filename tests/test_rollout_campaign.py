@@ -400,6 +400,19 @@ class TestOrders:
         assert trial.counts == {"committed": 4}
         assert trial.campaign.record.phase is CampaignPhase.COMPLETED
 
+    def test_devices_that_fail_again_do_not_abort_what_was_good(self) -> None:
+        trial = Trial(4, waves="100%", max_failed=0.5, soak_s=0)
+        trial.tick()
+        trial.say(trial.order[0], DevicePhase.FAILED)
+        trial.commit(*trial.order[1:])
+        trial.tick()
+        trial.take(trial.campaign.retry(trial.now_s))
+        trial.tick()
+        trial.say(trial.order[0], DevicePhase.FAILED)
+        trial.tick()
+        assert trial.campaign.record.phase is CampaignPhase.COMPLETED
+        assert trial.counts == {"failed": 1, "committed": 3}
+
     def test_orders_that_do_not_fit_are_refused_with_the_phase(self) -> None:
         trial = Trial(1, waves="100%", soak_s=0)
         with pytest.raises(CampaignError, match="paused campaign, c-1 is running"):

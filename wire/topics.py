@@ -1,8 +1,9 @@
 """Every topic of the protocol, its direction, quality of service and retention.
 
 A device writes only below ``dev/{its id}/up/`` and reads only ``dev/{its id}/down/`` and
-``fleet/``, so that three broker rules are enough to keep devices apart. No other module builds
-or takes apart a topic string.
+``fleet/``, so that three broker rules are enough to keep devices apart. Operators' commands talk to
+the coordinator below ``op/{name}/``, where no device can write or read. No other module builds or
+takes apart a topic string.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ NAME_RULE = "1 to 64 letters, digits, '_', '.' or '-', beginning with a letter o
 
 
 class Direction(Enum):
-    """Who writes: a device (``up``), the coordinator to one device (``down``) or to all."""
+    """Who writes: a device (``up``), the coordinator to one device (``down``) or to all.
+
+    ``op``: an operator's command and the coordinator, to each other.
+    """
 
     UP = "up"
     DOWN = "down"
     FLEET = "fleet"
+    OPERATOR = "op"
 
 
 class Payload(Enum):
@@ -53,6 +58,9 @@ class Channel(Enum):
     WEIGHTS = (Direction.FLEET, "weights", Payload.TENSORS, 1, True)
     FLEET_STATE = (Direction.FLEET, "state", Payload.JSON, 1, True)
     SHARED_BUNDLE = (Direction.FLEET, "bundle", Payload.TENSORS, 1, False)
+    OPERATOR_REQUEST = (Direction.OPERATOR, "request", Payload.JSON, 1, False)
+    OPERATOR_BUNDLE = (Direction.OPERATOR, "bundle", Payload.TENSORS, 1, False)
+    OPERATOR_REPLY = (Direction.OPERATOR, "reply", Payload.JSON, 1, False)
 
     def __init__(
         self, direction: Direction, level: str, payload: Payload, qos: int, retain: bool
@@ -69,7 +77,7 @@ _BY_LEVEL = {(channel.direction, channel.level): channel for channel in Channel}
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A parsed topic; ``device`` is None on fleet channels.
+    """A parsed topic; ``device`` is None on fleet channels, and an operator's name on his.
 
     ``bundle`` is the beginning of a digest, on the channel of shared chunks alone.
     """
@@ -99,6 +107,8 @@ def build_topic(
     if channel.direction is Direction.FLEET:
         return f"{ROOT}/{fleet}/fleet/{channel.level}"
     assert device is not None, f"{channel.name} is a channel of one device"
+    if channel.direction is Direction.OPERATOR:
+        return f"{ROOT}/{fleet}/op/{device}/{channel.level}"
     return f"{ROOT}/{fleet}/dev/{device}/{channel.direction.value}/{channel.level}"
 
 
@@ -116,6 +126,10 @@ def parse_topic(topic: str) -> Address:
             channel = _BY_LEVEL.get((Direction(way), level))
             if channel is not None and is_valid_name(device):
                 return Address(fleet=fleet, channel=channel, device=device)
+        case ["splitfleet", "v1", fleet, "op", name, level]:
+            channel = _BY_LEVEL.get((Direction.OPERATOR, level))
+            if channel is not None and is_valid_name(name):
+                return Address(fleet=fleet, channel=channel, device=name)
     raise PeerProtocolError(Refusal.UNKNOWN_TOPIC, f"no channel has the topic {topic!r}")
 
 
@@ -129,8 +143,17 @@ def build_client_id(fleet: str, device: str | None = None, *, purpose: str = "")
 
 
 def coordinator_subscriptions(fleet: str) -> list[str]:
-    """Topic filters of the coordinator: everything that devices write."""
-    return [f"{ROOT}/{fleet}/dev/+/up/+"]
+    """Topic filters of the coordinator: everything that devices and operators write."""
+    return [
+        f"{ROOT}/{fleet}/dev/+/up/+",
+        f"{ROOT}/{fleet}/op/+/{Channel.OPERATOR_REQUEST.level}",
+        f"{ROOT}/{fleet}/op/+/{Channel.OPERATOR_BUNDLE.level}",
+    ]
+
+
+def operator_subscriptions(fleet: str, name: str) -> list[str]:
+    """Topic filters of an operator's command: the answers to it."""
+    return [build_topic(fleet, Channel.OPERATOR_REPLY, name)]
 
 
 def device_subscriptions(fleet: str, device: str) -> list[str]:

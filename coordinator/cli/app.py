@@ -13,6 +13,8 @@ from coordinator.cli import (
     doctor,
     export,
     keys,
+    rollout,
+    serve,
     simulate,
     status,
     train,
@@ -40,6 +42,8 @@ def _root(
 
 app.command()(demo.demo)
 app.command()(train.train)
+app.command()(serve.serve)
+app.add_typer(rollout.rollout)
 app.command()(devices.devices)
 app.command()(status.status)
 app.command()(simulate.simulate)

@@ -59,7 +59,8 @@ class Campaign(DeviceCare):
             bundle=plan.bundle,
             settings=settings,
             phase=CampaignPhase.RUNNING,
-            waves=len(plan.waves),
+            waves=max(1, len(plan.waves)),
+            planned_waves=max(1, len(plan.waves)),
             created_s=now_s,
             since_s=now_s,
             wave_since_s=now_s,
@@ -145,8 +146,12 @@ class Campaign(DeviceCare):
         self.ledger.put(entry)
         return self._follow(entry, report, now_s) + self._judge(now_s) + self._advance(now_s)
 
-    def tick(self, now_s: float) -> list[Action]:
-        """Offer what is due, act on limits, go on to the next wave."""
+    def tick(self, now_s: float, busy: frozenset[str] = frozenset()) -> list[Action]:
+        """Offer what is due, act on limits, go on to the next wave.
+
+        ``busy`` devices are not to be disturbed: they take part in a run of another bundle.
+        """
+        self._busy = busy
         actions: list[Action] = []
         if not self.is_ended:
             actions += self._time_out(now_s) + self._repeat(now_s)

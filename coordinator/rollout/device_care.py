@@ -48,6 +48,11 @@ class DeviceCare:
         self._started_s = started_s
         self._online: set[str] = set()
         self._offline_since: dict[str, float] = {}
+        self._busy: frozenset[str] = frozenset()
+
+    def is_online(self, device: str) -> bool:
+        """Whether the device is there, as far as is known."""
+        return device in self._online
 
     @property
     def is_ended(self) -> bool:
@@ -108,7 +113,7 @@ class DeviceCare:
         for entry in self.ledger.in_phases([DevicePhase.PLANNED]):
             if entry.wave > self.record.wave or (rate and next_s > now_s):
                 break
-            if entry.device not in self._online:
+            if entry.device not in self._online or entry.device in self._busy:
                 continue
             self._move(replace(entry, told_s=now_s), DevicePhase.OFFERED, now_s, "")
             actions.append(SendOffer(entry.device, entry.attempt))
@@ -194,7 +199,8 @@ class DeviceCare:
         for entry in self.ledger.in_phases([DevicePhase.PLANNED]):
             if entry.wave > self.record.wave:
                 break
-            if entry.device in self._online:
+            is_busy = entry.device in self._busy
+            if entry.device in self._online and not is_busy:
                 continue
             away_s = now_s - max(
                 entry.since_s,
@@ -203,7 +209,8 @@ class DeviceCare:
                 self._offline_since.get(entry.device, 0.0),
             )
             if away_s >= limit_s:
-                detail = f"away for more than {limit_s:g} s"
+                state = "in a run" if is_busy else "away"
+                detail = f"{state} for more than {limit_s:g} s"
                 self._move(entry, DevicePhase.UNREACHABLE, now_s, detail)
 
 

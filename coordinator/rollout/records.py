@@ -168,7 +168,8 @@ class CampaignSettings(Record, frozen=True, kw_only=True):
 class CampaignRecord(Record, frozen=True, kw_only=True):
     """Where a campaign is.
 
-    ``waves`` is their number, ``wave`` the open one, from 0. ``since_s`` is when the phase began.
+    ``waves`` is their number, those of ``retry`` behind the ``planned_waves``; ``wave`` is the open
+    one, from 0. ``since_s`` is when the phase began.
     ``excused`` is the wave that an operator let pass although nobody committed in it.
     ``revert``: what was committed has to go back.
     """
@@ -179,6 +180,7 @@ class CampaignRecord(Record, frozen=True, kw_only=True):
     settings: CampaignSettings
     phase: CampaignPhase
     waves: int
+    planned_waves: int
     wave: int = 0
     created_s: float
     since_s: float

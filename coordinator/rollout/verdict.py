@@ -11,10 +11,11 @@ def find_fault(record: CampaignRecord, ledger: Ledger, *, lost: int) -> str:
 
     ``lost`` devices use the bundle and have been offline for too long. Failures are judged wave by
     wave against the devices that could be reached, so that a fault shows in the small first waves;
-    an earlier wave counts on, since devices may go back from a bundle long after.
+    an earlier wave counts on, since devices may go back from a bundle long after. Waves of devices
+    that are tried again do not count: they have failed before.
     """
     settings = record.settings
-    for wave in range(record.wave + 1):
+    for wave in range(min(record.wave + 1, record.planned_waves)):
         failed, reached = ledger.failed(wave), ledger.reached(wave)
         if failed > settings.max_failed * reached:
             return (

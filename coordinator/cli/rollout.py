@@ -1,0 +1,324 @@
+"""``coordinator rollout …``: take a bundle to a fleet, in waves. Asks the running coordinator."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from coordinator.cli import rollout_options as options
+from coordinator.cli import rollout_orders as orders
+from coordinator.cli.rollout_orders import campaign_document, connect
+from wire.errors import ConfigError
+from wire.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from coordinator.rollout.client import OperatorClient
+    from coordinator.rollout.records import BundleFacts, CampaignSettings
+    from coordinator.rollout.requests import CampaignView
+    from coordinator.rollout.selection import CampaignPlan
+
+WATCH_S = 1.0
+
+rollout = typer.Typer(
+    name="rollout",
+    help="Take a bundle to the devices of a fleet, in waves; watch, stop or undo it.",
+    no_args_is_help=True,
+)
+
+
+@rollout.command()
+def plan(
+    bundle: options.BundleArgument,
+    config: options.ConfigOption = None,
+    name: options.NameOption = "",
+    waves: options.WavesOption = "1,10%,50%,100%",
+    match: options.MatchOption = None,
+    label: options.LabelOption = None,
+    device: options.DeviceOption = None,
+    first: options.FirstOption = None,
+    take_from_run: options.TakeOption = False,
+    fleet: options.FleetOption = None,
+    host: options.HostOption = None,
+    port: options.PortOption = None,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Show who would get a bundle, in which wave, and who is left out and why. Changes nothing.
+
+    Example: coordinator rollout plan gait-7.bundle -c configs/lab.yaml --label site=north
+    """
+    facts, _ = _read_bundle(bundle)
+    settings = options.build_campaign_settings(
+        {
+            "waves": waves,
+            "selection": _selection(match, label, device, first),
+            "take_from_run": take_from_run,
+        }
+    )
+    with connect(options.load_fleet(config, fleet, host, port)) as client:
+        planned = _ask_plan(client, facts, settings, name)
+    if as_json:
+        from coordinator.rollout.selection import encode_plan
+
+        typer.echo(json.dumps(encode_plan(planned)))
+    else:
+        _print_plan(planned)
+
+
+@rollout.command()
+def start(
+    bundle: options.BundleArgument,
+    config: options.ConfigOption = None,
+    name: options.NameOption = "",
+    waves: options.WavesOption = "1,10%,50%,100%",
+    match: options.MatchOption = None,
+    label: options.LabelOption = None,
+    device: options.DeviceOption = None,
+    first: options.FirstOption = None,
+    include_new: options.NewOption = False,
+    soak: options.SoakOption = "60s",
+    rate: options.RateOption = 0.0,
+    max_failed: options.FailedOption = "10%",
+    max_lost: options.LostOption = "20%",
+    lost_after: options.LostAfterOption = "5m",
+    revert_on_abort: options.RevertOption = False,
+    good_steps: options.StepsOption = 0,
+    trial: options.TrialOption = "30s",
+    limit: options.LimitOption = None,
+    individual: options.IndividualOption = False,
+    take_from_run: options.TakeOption = False,
+    fleet: options.FleetOption = None,
+    host: options.HostOption = None,
+    port: options.PortOption = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Until the end; 1 if not all is well.")] = (
+        False
+    ),
+    as_json: options.JsonOption = False,
+) -> None:
+    """Start a campaign: shows the plan and asks. A bundle goes to the coordinator first.
+
+    Example: coordinator rollout start gait-7.bundle -c configs/lab.yaml --waves 1,10%,100%
+    """
+    facts, data = _read_bundle(bundle)
+    settings = options.build_campaign_settings(
+        {
+            "waves": waves,
+            "selection": _selection(match, label, device, first),
+            "include_new": include_new,
+            "soak_s": options.parse_duration(soak, "--soak"),
+            "rate_per_min": rate,
+            "max_failed": options.parse_share(max_failed, "--max-failed"),
+            "max_lost": options.parse_share(max_lost, "--max-lost"),
+            "lost_after_s": options.parse_duration(lost_after, "--lost-after"),
+            "revert_on_abort": revert_on_abort,
+            "good_steps": good_steps,
+            "trial_s": options.parse_duration(trial, "--trial"),
+            "limits": options.parse_limits(limit or ()),
+            "shared": not individual,
+            "take_from_run": take_from_run,
+        }
+    )
+    with connect(options.load_fleet(config, fleet, host, port)) as client:
+        planned = _ask_plan(client, facts, settings, name)
+        if not as_json:
+            _print_plan(planned)
+        if not yes:
+            typer.confirm("Start?", abort=True, err=as_json)
+        view = _begin(client, facts, data, settings, planned.campaign)
+        if wait:
+            view = _watch(client, view.record.campaign, as_json=as_json, every=False)
+    _show(view, as_json=as_json, every=False)
+    if wait:
+        raise typer.Exit(_code_of(view))
+
+
+@rollout.command()
+def status(
+    campaign: options.NewestArgument = "",
+    config: options.ConfigOption = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Until the campaign is over.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Every device of a large fleet.")] = False,
+    fleet: options.FleetOption = None,
+    host: options.HostOption = None,
+    port: options.PortOption = None,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Show a campaign: its state, its waves, every device. The newest one if none is named.
+
+    With --watch it ends with 1 if the campaign did not complete, or a device failed.
+
+    Example: coordinator rollout status -c configs/lab.yaml --watch
+    """
+    with connect(options.load_fleet(config, fleet, host, port)) as client:
+        view = _ask_status(client, campaign)
+        if watch:
+            view = _watch(client, view.record.campaign, as_json=as_json, every=every)
+    _show(view, as_json=as_json, every=every)
+    if watch:
+        raise typer.Exit(_code_of(view))
+
+
+@rollout.command("list")
+def list_campaigns(
+    config: options.ConfigOption = None,
+    fleet: options.FleetOption = None,
+    host: options.HostOption = None,
+    port: options.PortOption = None,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Show all campaigns of the fleet, the newest first.
+
+    Example: coordinator rollout list -c configs/lab.yaml
+    """
+    from coordinator.rollout.requests import ListReply, ListRequest
+
+    with connect(options.load_fleet(config, fleet, host, port)) as client:
+        views = client.ask(ListRequest(), ListReply).campaigns
+    if as_json:
+        typer.echo(json.dumps([campaign_document(view) for view in views]))
+        return
+    from coordinator.rollout.views import campaigns_table
+    from coordinator.tables import build_console
+
+    console = build_console(sys.stdout)
+    console.print(campaigns_table(views) if views else "no campaign yet")
+
+
+rollout.command()(orders.pause)
+rollout.command()(orders.resume)
+rollout.command()(orders.abort)
+rollout.command()(orders.rollback)
+rollout.command()(orders.retry)
+
+
+# What the commands share
+
+
+def _read_bundle(path: str) -> tuple[BundleFacts, bytes]:
+    """The bundle's facts and bytes; raises ConfigError or BundleError naming the file."""
+    from pathlib import Path
+
+    from coordinator.rollout.bundle_facts import describe_bundle
+    from wire.bundle import BundleError
+
+    try:
+        data = Path(path).read_bytes()
+    except OSError as exc:
+        raise ConfigError(f"expected a readable bundle ({exc.strerror})", source=path) from exc
+    try:
+        return describe_bundle(data), data
+    except BundleError as exc:
+        raise BundleError(f"{path}: {exc}") from exc
+
+
+def _selection(
+    match: list[str] | None,
+    label: list[str] | None,
+    device: list[str] | None,
+    first: list[str] | None,
+) -> dict[str, Any]:
+    return {
+        "patterns": match or [],
+        "labels": options.parse_labels(label or ()),
+        "devices": device or [],
+        "first": first or [],
+    }
+
+
+def _ask_plan(
+    client: OperatorClient, facts: BundleFacts, settings: CampaignSettings, name: str
+) -> CampaignPlan:
+    from coordinator.rollout.requests import PlanReply, PlanRequest
+
+    request = PlanRequest(bundle=facts, settings=settings, campaign=name)
+    return client.ask(request, PlanReply).plan
+
+
+def _begin(
+    client: OperatorClient,
+    facts: BundleFacts,
+    data: bytes,
+    settings: CampaignSettings,
+    name: str,
+) -> CampaignView:
+    from coordinator.rollout.requests import StartRequest, StatusReply
+
+    client.upload(facts, data)
+    request = StartRequest(bundle=facts, settings=settings, campaign=name)
+    return client.ask(request, StatusReply).campaign
+
+
+def _ask_status(client: OperatorClient, campaign: str) -> CampaignView:
+    from coordinator.rollout.requests import StatusReply, StatusRequest
+
+    return client.ask(StatusRequest(campaign=campaign), StatusReply).campaign
+
+
+def _watch(client: OperatorClient, campaign: str, *, as_json: bool, every: bool) -> CampaignView:
+    """Look again and again until the campaign is over; Ctrl-C ends the watching alone."""
+    from coordinator.rollout.records import ENDED_PHASES
+
+    if as_json or not sys.stdout.isatty():
+        view = _ask_status(client, campaign)
+        while view.record.phase not in ENDED_PHASES:
+            time.sleep(WATCH_S)
+            view = _ask_status(client, campaign)
+        return view
+    from rich.live import Live
+
+    from coordinator.tables import build_console
+
+    with Live(console=build_console(sys.stdout), auto_refresh=False, transient=True) as live:
+        while True:
+            view = _ask_status(client, campaign)
+            if view.record.phase in ENDED_PHASES:
+                return view
+            live.update(_render(view, every=every), refresh=True)
+            time.sleep(WATCH_S)
+
+
+def _show(view: CampaignView, *, as_json: bool, every: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(campaign_document(view)))
+        return
+    from coordinator.tables import build_console
+
+    build_console(sys.stdout).print(_render(view, every=every))
+
+
+def _render(view: CampaignView, *, every: bool) -> Any:
+    from rich.console import Group
+
+    from coordinator.rollout.views import campaign_facts, devices_table, waves_table
+    from coordinator.tables import facts_table
+
+    return Group(
+        facts_table(campaign_facts(view)),
+        "",
+        waves_table(view),
+        "",
+        devices_table(view, every=every),
+    )
+
+
+def _print_plan(planned: CampaignPlan) -> None:
+    from coordinator.rollout.views import plan_facts, plan_table
+    from coordinator.tables import build_console, facts_table
+
+    console = build_console(sys.stdout)
+    console.print(facts_table(plan_facts(planned)))
+    console.print()
+    console.print(plan_table(planned))
+
+
+def _code_of(view: CampaignView) -> ExitCode:
+    """1 unless the campaign completed and every device has the bundle."""
+    from coordinator.rollout.records import CampaignPhase, DevicePhase
+
+    is_whole = set(view.counts) <= {DevicePhase.COMMITTED.value}
+    is_done = view.record.phase is CampaignPhase.COMPLETED
+    return ExitCode.OK if is_done and is_whole else ExitCode.FAILED
