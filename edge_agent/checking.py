@@ -12,6 +12,7 @@ from edge_agent.compute import ComputeBackend, choose_backward
 from edge_agent.config import AgentSettings
 from edge_agent.datasets import LabelledData, load_data
 from edge_agent.measuring.capacity import find_capacity
+from edge_agent.measuring.limits import MemoryLimits, memory_limits
 from edge_agent.measuring.memory import available_bytes
 from edge_agent.measuring.text import format_bytes, format_milliseconds
 from edge_agent.measuring.timing import time_steps
@@ -125,6 +126,7 @@ def _describe_backend(settings: AgentSettings, backend: ComputeBackend) -> Repor
         "max_batch": compute.max_batch,
         "max_batch_bytes": compute.max_batch_bytes,
         "memory_available_bytes": available_bytes(),
+        "memory_limits": memory_limits().value,
     }
 
 
@@ -204,6 +206,11 @@ def check_lines(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if available is not None:
         note = " - less than one pass may take" if available < report["max_batch_bytes"] else ""
         yield "memory available", format_bytes(available) + note
+    if report["memory_limits"] == MemoryLimits.IGNORED:
+        yield (
+            "memory limits",
+            "ignored by this kernel (cgroup_disable=memory)",
+        )
     yield from _bundle_lines(report)
     keys = ", ".join(report["bundle_keys"])
     yield "bundle keys", keys or "none: unsigned bundles are accepted, for a lab"

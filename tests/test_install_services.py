@@ -46,6 +46,20 @@ def test_settings_that_a_version_refuses_keep_the_one_in_use(tmp_path: Path) -> 
     assert (tmp_path / "opt/splitfleet/agent").readlink() == Path("agent-a")
 
 
+def test_given_settings_that_are_wrong_replace_nothing(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.mkdir()
+    given = tmp_path / "gw-01.yaml"
+    given.write_text("device: gw-01\ndata: {npz: {path: /srv/a.npz}, classes: 2}\n")
+    assert stand_in("agent", image, "--config", str(given), "gw-01").returncode == 0
+    right = given.read_text()
+    given.write_text(right + "bogus: 1\n")
+    result = stand_in("agent", image, "--config", str(given), "gw-01")
+    assert result.returncode == 1
+    assert f"{given}: $: Object contains unknown field `bogus`" in result.stderr
+    assert (image / "etc/splitfleet/agents/gw-01.yaml").read_text() == right
+
+
 def test_secrets_copied_in_by_hand_are_closed_on_the_next_run(tmp_path: Path) -> None:
     assert stand_in("agent", tmp_path, "gw-01").returncode == 0
     secret = tmp_path / "etc/splitfleet/credentials/agents/gw-01/tls.key"

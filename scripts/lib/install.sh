@@ -294,6 +294,7 @@ install_all() {
     stamp="$(stamp_of "$python")"
     if is_up_to_date "$stamp"; then
         echo "splitfleet[$extra] $(version_of "$link") in /opt/splitfleet/$component is up to date"
+        if [[ -n "$config_option" && $dry_run == no ]]; then check_settings "$link"; fi
     else
         slot="$(other_slot)"
         act "build splitfleet[$extra] from ${wheel:-$root} in /opt/splitfleet/$slot" \
