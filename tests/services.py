@@ -6,11 +6,13 @@ credentials, a state folder to work in, and no writable code where the unit deni
 
 from __future__ import annotations
 
+import queue
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,6 +51,8 @@ class Service:
         for folder in (self.state, self.credentials, self.settings.parent):
             folder.mkdir(parents=True, exist_ok=True)
         self._address = address
+        self._said: queue.Queue[str] = queue.Queue()
+        self._reader = threading.Thread(target=self._listen, name="notify", daemon=True)
         self.process = Process(name, [], root / f"{name}.log")
 
     @property
@@ -82,10 +86,17 @@ class Service:
             *map(self._place, arguments),
             *options,
         ]
+        if not self._reader.is_alive():
+            self._reader = threading.Thread(target=self._listen, name="notify", daemon=True)
+            self._reader.start()
         self.process.start()
 
     def stop(self) -> int:
         self.process.signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        """The exit code, once it has ended by itself."""
         return self.process.wait()
 
     def wait_for(self, text: str) -> str:
@@ -96,33 +107,44 @@ class Service:
         """Wait until nothing has been said for that long; fail if it talks on."""
         deadline_s = time.monotonic() + WAIT_S
         while time.monotonic() < deadline_s:
-            self._socket.settimeout(seconds)
             try:
-                self.messages.append(self._socket.recv(4096).decode())
-            except TimeoutError:
+                self.messages.append(self._said.get(timeout=seconds))
+            except queue.Empty:
                 return
         raise AssertionError(f"it talks on: {self.messages[-3:]}")
 
     def rest(self) -> list[str]:
-        """All that was said, once it has ended."""
-        self._socket.setblocking(False)
-        try:
-            while True:
-                self.messages.append(self._socket.recv(4096).decode())
-        except BlockingIOError:
-            return self.messages
+        """All that was said; to be asked for once it has ended."""
+        self._end_of_reading()
+        while not self._said.empty():
+            self.messages.append(self._said.get())
+        return self.messages
 
     def close(self) -> None:
         self.process.stop()
+        self._end_of_reading()
         self._socket.close()
+
+    def _listen(self) -> None:
+        """What systemd does, too: a socket that nobody reads holds its service up."""
+        while message := self._socket.recv(4096):
+            self._said.put(message.decode())
+
+    def _end_of_reading(self) -> None:
+        """An empty datagram, behind all that was sent, ends the reader."""
+        if self._reader.is_alive():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.sendto(b"", self._address)
+            self._reader.join(WAIT_S)
 
     def _read(self, condition: Callable[[str], bool], failure: str) -> str:
         deadline_s = time.monotonic() + WAIT_S
-        while (rest_s := deadline_s - time.monotonic()) > 0 and self.process.is_running:
-            self._socket.settimeout(min(rest_s, 1.0))
+        while (rest_s := deadline_s - time.monotonic()) > 0:
             try:
-                message = self._socket.recv(4096).decode()
-            except TimeoutError:
+                message = self._said.get(timeout=min(rest_s, 0.5))
+            except queue.Empty:
+                if not self.process.is_running:
+                    break
                 continue
             self.messages.append(message)
             if condition(message):
