@@ -212,6 +212,16 @@ def layer_name(node: fx.Node) -> str:
     return names[-1].removeprefix("client").removeprefix(".") if names else ""
 
 
+def layer_kind(node: fx.Node) -> str:
+    """The class of the module that ``layer_name`` names; empty where it names none."""
+    stack = node.meta.get("nn_module_stack") or {}
+    kinds = [kind for path, kind in stack.values() if isinstance(path, str)]
+    if not (layer_name(node) and kinds):
+        return ""
+    kind = kinds[-1]
+    return kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
+
+
 def _convert_argument(argument: Any, layer: str) -> Any:
     if isinstance(argument, (list, tuple)):
         return [_convert_argument(item, layer) for item in argument]

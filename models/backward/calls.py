@@ -31,9 +31,10 @@ Pullback = Callable[[str], Iterable[tuple[Term, str]]]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
     """``arguments`` by the operator's own names for them, tensors as terms; what is computed from
-    the size of the batch is None. ``shape`` is the result's; ``index`` which result, of several."""
+    the size of the batch is None. ``shape`` is the result's; ``index`` which result, of several.
+    ``what`` and ``layer`` are for errors."""
 
-    op: str
+    what: str
     layer: str
     arguments: Mapping[str, Any]
     shape: Shape
@@ -60,18 +61,18 @@ class Call:
 
     def refuse(self, reason: str, instead: str = "") -> NoReturn:
         """Raise ModelError naming the layer."""
-        raise refusal(self.layer, self.op, reason, instead)
+        raise refusal(self.layer, self.what, reason, instead)
 
 
 Rule = Callable[[GraphBuilder, Call], tuple[str, Pullback]]
 """Writes a call's forward pass; gives its result and how to differentiate it."""
 
 
-def refusal(layer: str, op: str, reason: str, instead: str = "") -> ModelError:
+def refusal(layer: str, what: str, reason: str, instead: str = "") -> ModelError:
     """The error for a layer without a backward pass on ONNX Runtime."""
     where = f"layer {layer}" if layer else "the client segment"
     advice = f"use {instead}, " if instead else ""
     return ModelError(
-        f"{where}: {op} has no backward pass without PyTorch: {reason}; {advice}freeze the client "
-        "segment, or choose backward torch if every device that trains has PyTorch"
+        f"{where}: {what} has no backward pass without PyTorch: {reason}; {advice}freeze the "
+        "client segment, or choose backward torch if every device that trains has PyTorch"
     )

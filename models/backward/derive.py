@@ -18,6 +18,7 @@ from models.program import (
     GRADIENT_PREFIX,
     INPUT,
     SegmentProgram,
+    layer_kind,
     layer_name,
     output_node,
     used_nodes,
@@ -44,8 +45,9 @@ _INSTEAD = {
     "celu": "LeakyReLU or GELU",
     "adaptive_max_pool1d": "MaxPool1d",
     "adaptive_max_pool2d": "MaxPool2d",
-    "lstm": "Conv1d",
-    "gru": "Conv1d",
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), "Conv1d"),
+    "Bilinear": "Linear",
+    "Embedding": "Linear",
     "conv3d": "Conv2d",
     "rms_norm": "LayerNorm",
 }
@@ -106,12 +108,14 @@ class _Derivation:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             return  # sizes of the batch, or several results: each is taken by its own getitem
-        layer, op = layer_name(source), _operator(source)
+        layer, kind, op = layer_name(source), layer_kind(source), _operator(source)
+        what = f"{kind} ({op})" if kind else op
         rule = RULES.get(op)
         if rule is None:
-            raise refusal(layer, op, "it is not among the layers that have", _advice(op))
-        arguments = self._arguments(source, layer, op)
-        call = Call(op=op, layer=layer, arguments=arguments, shape=_shape(node), index=index)
+            instead = _INSTEAD.get(kind, _INSTEAD.get(op, _LAYERS))
+            raise refusal(layer, what, "it is not among the layers that have", instead)
+        arguments = self._arguments(source, layer, what)
+        call = Call(what=what, layer=layer, arguments=arguments, shape=_shape(node), index=index)
         result, pullback = rule(self._builder, call)
         trains = any(term.trains for term in _terms_of(arguments.values()))
         term = Term(key=node.name, value=result, shape=call.shape, trains=trains)
@@ -119,7 +123,7 @@ class _Derivation:
         if trains:
             self._tape.append((term, pullback))
 
-    def _arguments(self, node: fx.Node, layer: str, op: str) -> dict[str, Any]:
+    def _arguments(self, node: fx.Node, layer: str, what: str) -> dict[str, Any]:
         """All arguments by the operator's own names, defaults included."""
         assert isinstance(node.target, torch._ops.OpOverload), "operators of the program are ATen's"
         found: dict[str, Any] = {}
@@ -128,19 +132,19 @@ class _Derivation:
                 given: object = node.args[number]
             else:
                 given = node.kwargs.get(argument.name, argument.default_value)
-            found[argument.name] = self._convert(given, layer, op)
+            found[argument.name] = self._convert(given, layer, what)
         return found
 
-    def _convert(self, argument: object, layer: str, op: str) -> object:
+    def _convert(self, argument: object, layer: str, what: str) -> object:
         if isinstance(argument, (list, tuple)):
-            return [self._convert(item, layer, op) for item in argument]
+            return [self._convert(item, layer, what) for item in argument]
         if not isinstance(argument, fx.Node):
             return argument
         value = argument.meta.get("val")
         if not isinstance(value, torch.Tensor):
             return None
         if value.dtype != torch.float32:
-            raise refusal(layer, op, f"it takes {value.dtype} values")
+            raise refusal(layer, what, f"it takes {value.dtype} values")
         return self._terms[argument]
 
     def _backward(self, result: Term) -> None:
@@ -196,10 +200,6 @@ def _operator(node: fx.Node) -> str:
     """The operator's name without its overload."""
     parts = str(node.target).split(".")
     return parts[1] if parts[0] == "aten" and len(parts) == 3 else str(node.target)
-
-
-def _advice(op: str) -> str:
-    return _INSTEAD.get(op, _LAYERS)
 
 
 def _terms_of(arguments: Iterable[object]) -> Iterator[Term]:
