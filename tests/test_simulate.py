@@ -248,7 +248,8 @@ def test_run_is_found_by_the_url_of_its_store_and_its_name(
     assert document["fleet"]["devices"] == 1
     ended = simulate("--population-from", url)
     assert ended.code == ExitCode.CONFIG
-    assert "monday, tuesday" in ended.err
+    assert "--population-from: expected one of the runs in" in ended.err
+    assert f"monday, tuesday (say {url}#NAME)" in ended.err
 
 
 def test_summary_of_a_run_is_enough(simulate: Simulate, tmp_path: Path) -> None:
@@ -321,6 +322,7 @@ def test_run_without_measurements_or_counts_is_refused(simulate: Simulate, tmp_p
         (("--max-batch", 0), "--max-batch: max_batch: expected a whole number from 1, received 0"),
         (("--max-batch", "many"), "--max-batch: expected a whole number from 1 or a JSON file"),
         (("--population-from", "no/where"), "--population-from: expected a run's folder"),
+        (("--delays-from", "sqlite:///no/state.sqlite"), "--delays-from: expected a usable state"),
         (("--delays-from", "no/where"), "--delays-from: expected a run's folder"),
         (("--csv", "no/where/rows.csv"), "--csv: expected a file in a folder that exists"),
     ],

@@ -23,10 +23,10 @@ def read_recorded_run(where: str, option: str) -> RecordedRun:
 
     if "://" in where:
         url, _, run = where.partition("#")
-        return _from_store(url, run or None)
+        return _from_store(url, run or None, option)
     folder = Path(where)
     if (folder / _STATE_FILE).is_file():
-        return _from_store(f"sqlite:///{folder / _STATE_FILE}", None)
+        return _from_store(f"sqlite:///{folder / _STATE_FILE}", None, option)
     from coordinator.plots import read_summary
     from coordinator.recorder import SUMMARY_FILE
 
@@ -43,10 +43,16 @@ def read_recorded_run(where: str, option: str) -> RecordedRun:
         raise ConfigError(str(exc), field=option) from exc
 
 
-def _from_store(url: str, run: str | None) -> RecordedRun:
+def _from_store(url: str, run: str | None, option: str) -> RecordedRun:
     from coordinator.cli.stored_run import open_stored_run
     from coordinator.simulation.recorded import recorded_run
 
-    with open_stored_run(None, url, run) as stored:
-        _, records = stored.read()
-        return recorded_run(records.values(), f"{stored.where}, run {stored.name}")
+    try:
+        with open_stored_run(None, url, run) as stored:
+            _, records = stored.read()
+            return recorded_run(records.values(), f"{stored.where}, run {stored.name}")
+    except ConfigError as exc:
+        if exc.field not in {"--run", "--state"}:
+            raise
+        hint = f"{exc.expected} (say {url}#NAME)" if exc.field == "--run" else exc.expected
+        raise ConfigError(hint, field=option) from exc
