@@ -29,6 +29,7 @@ WINDOW = 32
 # Observations between two fits of what new ones are held against; a fit at each would cost as much
 # as the message that brought it.
 REFRESH_EVERY = 8
+FIRST_EXPECTATION_AFTER = 4
 _VARIES_BY = 2.0  # times its median log residual is what a device may differ without being suspect
 
 
@@ -125,7 +126,9 @@ class DelayEstimator:
 
     def _is_refresh_due(self) -> bool:
         """Not while a change is suspected: it would become what is expected."""
-        return self._n_observations % REFRESH_EVERY == 0 and not self._watch.is_suspicious
+        taken = self._n_observations
+        is_turn = taken == FIRST_EXPECTATION_AFTER or taken % REFRESH_EVERY == 0
+        return is_turn and not self._watch.is_suspicious
 
     def _fitted(self) -> tuple[float, float]:
         """(fixed_s, per_sample_s), fitted when first asked for after an observation."""

@@ -127,6 +127,19 @@ def test_fleet_that_keeps_jumping_is_planned_anew_every_fifth_step_at_most() -> 
     assert fleet.owner.epochs[0].trained == 16 * 300
 
 
+def test_plan_by_class_is_made_anew_too_and_trains_every_sample_once() -> None:
+    fleet = _Fleet(PolicySettings(name=Policy.CLASS_TARGETED), slow={"d00"})
+    while fleet.owner.rounds.phase is not Phase.DONE:
+        if fleet.owner.step == JUMP_AT:
+            for name in DEVICES[8:]:
+                fleet.seconds[name] = 1.0
+        fleet.run_step()
+    # Whole steps go to single devices here, so it takes a while until the slow ones are seen.
+    assert fleet.plans_made
+    assert fleet.plans_made[0] > JUMP_AT
+    assert fleet.owner.epochs[0].trained == 16 * 300
+
+
 def test_frozen_run_is_planned_anew_and_trains_every_sample_once() -> None:
     policy = PolicySettings(name=Policy.LDS, deviation_budget=0.5)
     fleet = _Fleet(policy, slow={"d00"}, frozen=True)
