@@ -17,6 +17,7 @@ from coordinator.cli import (
     serve,
     simulate,
     status,
+    study,
     train,
 )
 from wire import __version__
@@ -51,6 +52,7 @@ app.command()(export.export)
 app.add_typer(keys.app, name="keys")
 app.command("broker-config")(broker_config.broker_config)
 app.command()(doctor.doctor)
+app.command()(study.study)
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""Trains for real what allocation policies make of one fleet, and compares them. No broker."""
