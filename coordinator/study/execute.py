@@ -17,6 +17,7 @@ from coordinator.study.methods import Method
 from coordinator.study.results import CellResult
 from coordinator.study.settings import TrainingSettings
 from coordinator.study.training import EpochOutcome, Trainer
+from wire.messages import SampleOrder
 
 Indices = NDArray[np.intp]
 StepsOfEpoch = Iterator[tuple[Indices, NDArray[np.int64] | None]]
@@ -107,7 +108,7 @@ class Schedule:
         fleet = build_fleet(data, cell.fleet, settings.delays, cell.seed)
         slow_K = fleet.delays.stragglers(fleet.held_K, settings.global_batch)
         self.meter = CostMeter(pooled_M, fleet.delays, slow_K)
-        self._steps = _Planned(fleet, cell.method, settings, cell.seed).steps
+        self._steps = _Planned(fleet, self._y, cell.method, settings, cell.seed).steps
 
     def epoch(self, epoch: int) -> Iterator[Indices]:
         """The epoch's batches, as indices into the pooled samples."""
@@ -136,7 +137,12 @@ class _Planned:
     """A policy's batches on a fleet."""
 
     def __init__(
-        self, fleet: StudyFleet, method: Method, settings: TrainingSettings, seed: int
+        self,
+        fleet: StudyFleet,
+        labels_N: NDArray[np.int64],
+        method: Method,
+        settings: TrainingSettings,
+        seed: int,
     ) -> None:
         assert method.policy is not None
         policy = PolicySettings(
@@ -146,11 +152,13 @@ class _Planned:
             refit_every=settings.refit_every,
         )
         self._fleet = fleet
+        self._labels_N = labels_N
+        self._order = SampleOrder.BY_CLASS if method.policy.is_by_class else SampleOrder.SHUFFLED
         self._seed = seed
         self._plans = EpochPlans(fleet, policy, global_batch=settings.global_batch, seed=seed)
 
     def steps(self, epoch: int) -> StepsOfEpoch:
-        order = EpochOrder(self._fleet, seed=self._seed, epoch=epoch)
+        order = EpochOrder(self._fleet, self._labels_N, self._order, seed=self._seed, epoch=epoch)
         for step in self._plans.epoch(epoch):
             yield order.rows(step), order.counts_K(step)
 

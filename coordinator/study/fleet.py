@@ -28,7 +28,9 @@ from coordinator.study.cells import Fleet
 from coordinator.study.data import StudyData
 from coordinator.study.settings import DelayModel
 from edge_agent.datasets import partition_indices
+from edge_agent.worker import order_samples
 from wire.errors import ConfigError
+from wire.messages import SampleOrder
 
 IntArray = NDArray[np.int64]
 Indices = NDArray[np.intp]
@@ -123,7 +125,7 @@ class EpochPlans:
                 step = self._planner.window.popleft()
                 self._step = step.step
                 for slot in step.slots:
-                    account.devices[slot.device].mark_trained((slot.offset, slot.count))
+                    account.mark_trained(slot.device, slot.spans)
                 yield step
 
     def _delays_of(
@@ -138,21 +140,30 @@ class EpochPlans:
 
 
 class EpochOrder:
-    """Which samples the slots of one epoch stand for: each device's permutation of the epoch."""
+    """Which samples the slots of one epoch stand for: each device's order of the epoch."""
 
-    def __init__(self, fleet: StudyFleet, *, seed: int, epoch: int) -> None:
+    def __init__(
+        self,
+        fleet: StudyFleet,
+        labels_N: IntArray,
+        order: SampleOrder,
+        *,
+        seed: int,
+        epoch: int,
+    ) -> None:
         self._index = {name: index for index, name in enumerate(fleet.names)}
         self._orders = [
-            part[_permutation(permutation_seed(seed, epoch, name), len(part))]
+            part[order_samples(permutation_seed(seed, epoch, name), labels_N[part], order)]
             for name, part in zip(fleet.names, fleet.parts, strict=True)
         ]
 
     def rows(self, step: PlannedStep) -> Indices:
-        """The step's global batch as indices into the pooled samples, in the coordinator's order."""
+        """The step's global batch as indices into the pooled samples, in device order."""
         return np.concatenate(
             [
-                self._orders[self._index[slot.device]][slot.offset : slot.offset + slot.count]
+                self._orders[self._index[slot.device]][offset : offset + count]
                 for slot in step.slots
+                for offset, count in slot.spans
             ]
         )
 
@@ -162,8 +173,3 @@ class EpochOrder:
         for slot in step.slots:
             counts_K[self._index[slot.device]] += slot.count
         return counts_K
-
-
-def _permutation(seed: int, samples: int) -> Indices:
-    """As our agents make it (docs/protocol.md)."""
-    return np.random.Generator(np.random.PCG64(seed)).permutation(samples)

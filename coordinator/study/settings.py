@@ -77,7 +77,10 @@ QUICK = StudySettings(
         optimiser=OptimiserSettings(lr=3e-3),
         global_batch=32,
     ),
-    methods=tuple(parse_method(name) for name in ("undivided", "fls", "fpls", "ugs", "lds")),
+    methods=tuple(
+        parse_method(name) for name in ("undivided", "fls", "fpls", "ugs", "lds", "class-targeted")
+    ),
     schemes=(SCHEMES["severe"],),
     devices=(32,),
+    stragglers=(0.1,),
 )

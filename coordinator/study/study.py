@@ -8,11 +8,13 @@ from pathlib import Path
 from coordinator.study.cells import Cell, Training, all_cells, all_trainings
 from coordinator.study.data import StudyData, load_study_data
 from coordinator.study.execute import expect_all_fleets_possible
-from coordinator.study.output import StudyDocument, build_document, write_files
+from coordinator.study.output import StudyDocument, build_document, write_files, write_whole
+from coordinator.study.page import render_page
 from coordinator.study.progress import StudyProgress
 from coordinator.study.results import CellResult, ResultFolder, in_order
 from coordinator.study.runner import Finished, Task, run_here, run_in_processes
 from coordinator.study.settings import StudySettings
+from coordinator.study.tables import REPORT_FILE
 from coordinator.study.training import build
 
 
@@ -45,6 +47,7 @@ def run_study(
         progress.finished(task.training.title, results)
     document = build_document(settings, len(cells), in_order(cells, found))
     write_files(directory, document)
+    write_whole(directory / REPORT_FILE, render_page(document).encode())
     return document
 
 

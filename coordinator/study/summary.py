@@ -20,7 +20,7 @@ from coordinator.study.methods import Method
 from coordinator.study.results import CellResult
 
 CONFIDENCE = 0.95
-_UGS = Method(policy=Policy.UGS)
+UGS = Method(policy=Policy.UGS)
 _FLS = Method(policy=Policy.FLS)
 _UNDIVIDED = Method()
 
@@ -100,15 +100,15 @@ def _group(method: Method, fleet: Fleet | None, grouped: ByMethod) -> Group:
         seeds=tuple(own),
         accuracy=_over_seeds(own, lambda r: r.accuracy),
         over_fls=over(_FLS),
-        over_ugs=over(_UGS),
+        over_ugs=over(UGS),
         over_undivided=over(_UNDIVIDED),
         time_s=_known_over_seeds(own, lambda r: r.time_s),
-        time_ratio=against(_UGS, lambda a, b: _ratio(a.time_s, b.time_s)),
+        time_ratio=against(UGS, lambda a, b: _ratio(a.time_s, b.time_s)),
         steps=_over_seeds(own, lambda r: r.steps),
         straggler_steps=_known_over_seeds(own, lambda r: r.straggler_steps),
         deviation=_over_seeds(own, lambda r: r.deviation_mean),
         deviation_p95=_over_seeds(own, lambda r: r.deviation_p95),
-        deviation_ratio=against(_UGS, lambda a, b: _ratio(a.deviation_mean, b.deviation_mean)),
+        deviation_ratio=against(UGS, lambda a, b: _ratio(a.deviation_mean, b.deviation_mean)),
         curve=_mean_of(r.test_accuracies for r in own.values()),
         curve_s=None if fleet is None else _mean_of(r.epoch_end_s or () for r in own.values()),
     )
