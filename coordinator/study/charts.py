@@ -34,12 +34,14 @@ _STYLE: Any = {  # matplotlib's stubs list every key
 Value = Callable[[Group], Interval | None]
 
 
-def accuracy_chart(groups: Sequence[Group]) -> str:
+def accuracy_chart(groups: Sequence[Group]) -> str | None:
     """Accuracy of each method with its interval: a panel for each scheme and share of slow ones.
 
-    The line is the undivided network's, the bar of devices grows to the right.
+    The line is the undivided network's. None without fleets.
     """
     fleets = _fleets(groups)
+    if not fleets:
+        return None
     columns = list(dict.fromkeys(fleet.scheme.name for fleet in fleets))
     rows = list(dict.fromkeys(fleet.stragglers for fleet in fleets))
     with _figure(len(rows), len(columns)) as (figure, out):

@@ -3,8 +3,6 @@
 Shapes: K devices, M classes.
 """
 
-# ruff: noqa: N815 (fields carry their shapes)
-
 from __future__ import annotations
 
 from dataclasses import dataclass, field

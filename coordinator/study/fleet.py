@@ -5,7 +5,6 @@ what the same devices with these delays would train over MQTT.
 
 Shapes: K devices, M classes.
 """
-# ruff: noqa: N815 (fields carry their shapes)
 
 from __future__ import annotations
 

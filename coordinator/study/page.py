@@ -135,7 +135,7 @@ def _delay_text(delays: DelayModel) -> str:
 
 def _results(groups: Sequence[Group]) -> Iterator[str]:
     yield "<h2>Accuracy</h2>"
-    yield accuracy_chart(groups)
+    yield accuracy_chart(groups) or ""
     yield _table(
         groups, "Test accuracy after the last epoch, %", lambda g: percent_text(g.accuracy)
     )
