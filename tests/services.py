@@ -36,8 +36,13 @@ DENY_WRITE_EXECUTE = (
 class Service:
     """One start of a unit; its files lie below ``root`` as they would below /."""
 
-    def __init__(self, component: str, root: Path, *, instance: str = "") -> None:
-        self._unit = (ROOT / "systemd" / UNITS[component]).read_text()
+    def __init__(
+        self, component: str, root: Path, *, instance: str = "", drop_in: str = ""
+    ) -> None:
+        unit = ROOT / "systemd" / UNITS[component]
+        self._unit = unit.read_text()
+        if drop_in:
+            self._unit += (unit.parent / f"{unit.name}.d" / drop_in).read_text()
         self._instance = instance
         self.root = root
         self.messages: list[str] = []
@@ -152,10 +157,9 @@ class Service:
         raise AssertionError(f"{failure} in {self.messages}:\n{self.process.output()[-2000:]}")
 
     def _value(self, key: str) -> str:
-        (value,) = (
-            line.partition("=")[2] for line in self._unit.splitlines() if line.startswith(f"{key}=")
-        )
-        return value
+        """The last assignment: a drop-in comes behind its unit."""
+        lines = [line for line in self._unit.splitlines() if line.startswith(f"{key}=")]
+        return lines[-1].partition("=")[2]
 
     def _place(self, text: str) -> str:
         """Specifiers filled in, and system folders moved below ``root``."""
@@ -167,9 +171,11 @@ class Service:
 
 
 @contextmanager
-def service(component: str, root: Path, *, instance: str = "") -> Iterator[Service]:
+def service(
+    component: str, root: Path, *, instance: str = "", drop_in: str = ""
+) -> Iterator[Service]:
     """A unit to start, which is stopped at the end however the test ends."""
-    one = Service(component, root, instance=instance)
+    one = Service(component, root, instance=instance, drop_in=drop_in)
     try:
         yield one
     finally:

@@ -188,6 +188,19 @@ def test_coordinator_waits_for_its_broker_and_stops_without_one(
     assert coordinator.stop() == ExitCode.OK
 
 
+def test_coordinator_between_runs_serves_until_it_is_stopped(
+    tmp_path: Path, shared_mosquitto: EmbeddedBroker, fleet: str
+) -> None:
+    with service("coordinator", tmp_path, drop_in="serve.conf") as coordinator:
+        write_coordinator(coordinator, shared_mosquitto.port, fleet)
+        coordinator.start()
+        coordinator.wait_for("READY=1")
+        coordinator.wait_for("connected to 127.0.0.1")
+        coordinator.wait_for("WATCHDOG=1")
+        assert coordinator.stop() == ExitCode.OK
+        assert any("STOPPING=1" in message for message in coordinator.rest())
+
+
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [

@@ -104,6 +104,7 @@ def test_units_pass_the_check() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert [line.partition(":")[0] for line in result.stdout.splitlines()] == [
         "coordinator.service",
+        "coordinator.service+serve.conf",
         "edge-agent@.service",
         "edge-agent@.service+torch.conf",
     ]

@@ -270,8 +270,8 @@ uninstall_all() {
 _uninstall_software() {
     local unit place="$bin_folder/$program"
     unit="$(unit_of_component)"
-    _remove "$unit_folder/$unit" "$unit_folder/$unit.d/torch.conf" "$link" "$opt/$component-a" \
-        "$opt/$component-b"
+    _remove "$unit_folder/$unit" "$unit_folder/$unit.d/torch.conf" "$unit_folder/$unit.d/serve.conf" \
+        "$link" "$opt/$component-a" "$opt/$component-b"
     if [[ "$(readlink "$place" 2>/dev/null)" == "/opt/splitfleet/$component/bin/$program" ]]; then
         _remove "$place"
     fi
