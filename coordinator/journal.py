@@ -54,6 +54,7 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     ``fixed_s`` and ``per_sample_s`` are of both phases together, ``contribution_s`` what they make
     of a typical contribution; ``forward`` and ``backward`` are the phases by themselves.
+    ``backends`` are what runs the backward pass, by the birth's words; empty for none.
     """
 
     device: str
@@ -73,6 +74,7 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     bytes_up: int = 0
     bytes_down: int = 0
     refused: dict[str, int] = {}
+    backends: tuple[str, ...] = ()
     agent: str = ""
     labels: dict[str, str] = {}
 

@@ -63,6 +63,7 @@ def _device_record(device: Device, run: TrainingRun | None) -> DeviceRecord:
         bytes_up=device.bytes_up,
         bytes_down=device.bytes_down,
         refused=dict(device.refused),
+        backends=birth.capabilities.backward if birth else (),
         agent=birth.agent if birth else "",
         labels=birth.labels if birth else {},
     )

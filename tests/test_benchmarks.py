@@ -71,3 +71,28 @@ def test_shares_follow_from_the_medians(report: tuple[str, dict[str, Any]]) -> N
     ours, floor = result["ours"]["steps_per_s"], result["floor"]["steps_per_s"]
     assert min(ours, floor, result["undivided"]["steps_per_s"]) > 0
     assert result["share_of_floor"] == pytest.approx(ours / floor)
+
+
+@pytest.mark.processes
+def test_backends_of_a_device_are_held_beside_each_other(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    command = [sys.executable, "benchmarks/agent_backends.py", "--quick", "--json", str(out)]
+    done = subprocess.run(
+        [*command, "--segments", "cnn1d", "--batches", "8", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(out.read_text())
+    assert [row["batch"] for row in document["results"]] == [1, 8]
+    for row in document["results"]:
+        onnx, torch = row["onnxruntime"], row["torch"]
+        assert row["time_ratio"] == pytest.approx(onnx["step_s"] / torch["step_s"])
+        assert 0 < row["memory_ratio"] < 1
+    table = [line for line in done.stdout.splitlines() if line.startswith("| 1-D CNN")]
+    assert len(table) == 2
+    assert "cnn1d: memory " in done.stdout
+    assert {"processor", "torch", "onnxruntime"} <= document["machine"].keys()

@@ -92,8 +92,9 @@ DEVICES = [
         bytes_down=250_000,
         refused={"late": 3, "shape": 1},
         missed_deadlines=2,
+        backends=("onnxruntime",),
     ),
-    DeviceRecord(device="gw-2", online=True, ready=False),
+    DeviceRecord(device="gw-2", online=True, ready=False, backends=("\x1btorch",)),
     DeviceRecord(device="gw-3", online=False, ready=False),
     DeviceRecord(
         device="gw-4", online=True, ready=False, problem="refused the bundle: \x1b[31mno room"
@@ -169,6 +170,7 @@ def test_devices_are_shown_with_state_samples_delay_bytes_and_refusals(
     assert "offline" in rows["gw-3"]
     assert "refused" in rows["gw-4"]
     assert "4 devices: 3 online, 1 ready" in ended.out
+    assert "backward pass: 1 on onnxruntime, 1 on torch" in ended.out
 
 
 def test_a_devices_words_cannot_command_the_terminal(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,8 @@ def devices(
         return
     console.print(devices_table(records.values()))
     console.print(describe_presence(records.values()))
+    if backends := describe_backends(records.values()):
+        console.print(backends, markup=False)
 
 
 def devices_table(records: Iterable[DeviceRecord]) -> Table:
@@ -86,6 +89,15 @@ def describe_presence(records: Iterable[DeviceRecord]) -> str:
     online = sum(record.online for record in known)
     ready = sum(record.ready for record in known)
     return f"{len(known)} devices: {online} online, {ready} ready"
+
+
+def describe_backends(records: Iterable[DeviceRecord]) -> str:
+    """How many devices run the backward pass on what; empty if none does."""
+    from coordinator.tables import printable
+
+    used = Counter(printable("+".join(record.backends)) for record in records if record.backends)
+    counts = ", ".join(f"{count} on {name}" for name, count in sorted(used.items()))
+    return f"backward pass: {counts}" if counts else ""
 
 
 def _state(record: DeviceRecord) -> Text:

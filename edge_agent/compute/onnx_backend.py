@@ -70,7 +70,7 @@ class OnnxBackward(_Graph):
         if CLIENT_BACKWARD not in bundle.files:
             raise ModelError(
                 f"{CLIENT_BACKWARD}: expected this file in the bundle, for training on ONNX "
-                "Runtime: export the bundle again, or install the extra 'agent-torch'"
+                "Runtime: export it again without 'backward: torch', or install 'agent-torch' here"
             )
         super().__init__(bundle, CLIENT_BACKWARD, threads)
         self._outputs = {GRADIENT_PREFIX + p.name: p.name for p in bundle.manifest.parameters}
