@@ -81,6 +81,7 @@ class SimulatedDevice:
     listen: Listen
     behaviour: Behaviour = field(default_factory=Behaviour)
     labels: dict[str, str] = field(default_factory=dict)
+    sample_shape: tuple[int, ...] = SAMPLE_SHAPE
     boot: int = 1
     bundle: str | None = None
     last_good: str | None = None
@@ -101,7 +102,7 @@ class SimulatedDevice:
             boot=self.boot,
             samples=1,
             label_counts=(1,),
-            sample_shape=SAMPLE_SHAPE,
+            sample_shape=self.sample_shape,
             capabilities=Capabilities(backward=("none",)),
             bundle=self.bundle,
             agent="simulated",
@@ -267,6 +268,7 @@ class SimulatedFleet:
         port: int,
         behaviours: dict[str, Behaviour] | None = None,
         host: str = "127.0.0.1",
+        sample_shape: tuple[int, ...] = SAMPLE_SHAPE,
     ) -> None:
         self.fleet = fleet
         self.bytes_received = 0
@@ -280,6 +282,7 @@ class SimulatedFleet:
                 send=self._sender(name),
                 listen=self._listener(name),
                 behaviour=(behaviours or {}).get(name, Behaviour()),
+                sample_shape=sample_shape,
             )
             self.devices[name] = device
 
