@@ -25,7 +25,7 @@ from coordinator.summing_up import build_device_records, build_run_record, build
 from edge_agent.datasets import LabelledData, load_data
 from wire.errors import ConfigError, ModelError, PeerProtocolError, Refusal, TransportError
 from wire.inbox import Received
-from wire.messages import FleetState, encode_message
+from wire.messages import FleetState, RolloutStatus, encode_message
 from wire.mqtt import MqttConnection
 from wire.notify import notify_status, notify_stopping
 from wire.topics import Channel, build_client_id, build_topic, coordinator_subscriptions
@@ -260,6 +260,13 @@ class CoordinatorService(FleetService):
             logger.warning("%s: takes no part: %s", device.name, device.problem)
         elif device.is_online and not device.has_bundle(run.requirements):
             self._offer(device)
+
+    def _answer(self, device: Device, status: RolloutStatus) -> None:
+        super()._answer(device, status)
+        run = self._run
+        is_over = bool(status.campaign) and status.phase.is_final
+        if is_over and run is not None and not device.has_bundle(run.requirements):
+            self._device_changed(device)  # the rollout is done with it: the run may have it again
 
     def _offer(self, device: Device) -> None:
         """Hand the run's bundle to a device, unless a rollout has it in hand."""

@@ -28,7 +28,7 @@ from wire.errors import ConfigError
 
 pytestmark = pytest.mark.broker
 
-USERS = ("coordinator", "gw-1", "gw-2")
+USERS = ("coordinator", "operator", "gw-1", "gw-2")
 NOT_AUTHORIZED = 0x87
 REFUSED = {0x86, 0x87}  # bad user name or password; not authorised
 DELIVERED = {0x00, 0x10}  # success; success, but nobody subscribes
@@ -91,6 +91,8 @@ def test_device_writes_below_its_own_up_only(lab: Lab) -> None:
             f"{ROOT}/dev/gw-2/up/activations",
             f"{ROOT}/dev/gw-1/down/allocation",
             f"{ROOT}/fleet/weights",
+            f"{ROOT}/op/gw-1/request",
+            f"{ROOT}/op/gw-1/bundle",
             "splitfleet/v1/other/dev/gw-1/up/activations",
             "elsewhere",
         ):
@@ -103,7 +105,12 @@ def test_device_reads_its_own_down_and_what_is_for_all(lab: Lab) -> None:
     """Mosquitto 2.0 grants every subscription; what counts is what arrives."""
     with lab.device("gw-1") as device, lab.coordinator() as coordinator:
         device.subscribe("#")
-        for level in ("dev/gw-2/down/allocation", "dev/gw-2/up/birth", "dev/gw-1/up/birth"):
+        for level in (
+            "dev/gw-2/down/allocation",
+            "dev/gw-2/up/birth",
+            "dev/gw-1/up/birth",
+            "op/gw-1/reply",
+        ):
             assert coordinator.publish(f"{ROOT}/{level}", b"not for gw-1") in DELIVERED
         coordinator.publish(f"{ROOT}/dev/gw-1/down/allocation", b"mine")
         coordinator.publish(f"{ROOT}/fleet/state", b"for all")
@@ -117,6 +124,20 @@ def test_coordinator_reads_and_writes_everything_in_its_fleet_only(lab: Lab) -> 
         device.publish(f"{ROOT}/dev/gw-2/up/birth", b"hello")
         assert coordinator.receive().topic == f"{ROOT}/dev/gw-2/up/birth"
         assert coordinator.publish("splitfleet/v1/other/fleet/state", b"x") == NOT_AUTHORIZED
+
+
+def test_operator_asks_the_coordinator_and_reaches_nobody_else(lab: Lab) -> None:
+    """On the listener for devices, as from another host."""
+    with lab.device("operator") as operator, lab.coordinator() as coordinator:
+        operator.subscribe(f"{ROOT}/#")
+        for level in ("op/op-1/request", "op/op-1/bundle"):
+            coordinator.subscribe(f"{ROOT}/{level}")
+            assert operator.publish(f"{ROOT}/{level}", b"x") in DELIVERED
+        for level in ("dev/gw-1/down/rollout", "dev/gw-1/up/birth", "fleet/weights"):
+            assert operator.publish(f"{ROOT}/{level}", b"x") == NOT_AUTHORIZED, level
+        coordinator.publish(f"{ROOT}/dev/gw-1/down/rollout", b"not for operators")
+        coordinator.publish(f"{ROOT}/op/op-1/reply", b"mine")
+        assert operator.receive().payload == b"mine"
 
 
 def test_several_programs_share_the_coordinator_user(lab: Lab) -> None:

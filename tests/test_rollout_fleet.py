@@ -20,6 +20,8 @@ from benchmarks.rollout_devices import SimulatedFleet
 from coordinator.broker import EmbeddedBroker
 from coordinator.cli.app import main
 from coordinator.config import RunSettings
+from coordinator.journal import DeviceRecord
+from coordinator.journal import Journal as RunJournal
 from coordinator.model import build_split
 from coordinator.rollout.bundle_facts import describe_bundle
 from coordinator.rollout.client import operator_client
@@ -34,17 +36,18 @@ from coordinator.rollout.requests import (
     StatusReply,
     StatusRequest,
 )
+from coordinator.store import open_store
 from edge_agent.journal import Journal
 from edge_agent.slots import find_file_in_use, read_journal
 from models.export import export_bundle
 from models.release import Release
 from tests.campaigns import build_settings
-from tests.fleet import Fleet, Process, running_fleet
+from tests.fleet import Fleet, Process, running_fleet, terminate
 from wire.bundle import GOLDEN, Bundle, build_bundle, bundle_digest
 from wire.codec import decode_tensors, encode_tensors, exact
 from wire.exit_codes import ExitCode
 from wire.mqtt import MqttSettings
-from wire.signing import TrustedKeys, build_signature_file, generate_key
+from wire.signing import TrustedKeys, build_signature_file, generate_key, write_key_pair
 
 pytestmark = [pytest.mark.broker, pytest.mark.processes]
 
@@ -52,6 +55,7 @@ KEY = generate_key()
 REAL = ("gw-r1", "gw-r2", "gw-r3")
 SIMULATED = tuple(f"gw-s{number:02}" for number in range(27))
 SHAPE = (5,)
+ONNX = {"forward": "onnxruntime", "backward": "onnxruntime"}
 Export = Callable[..., bytes]
 
 
@@ -111,6 +115,37 @@ class Lab:
         )
         self.serve = self._serve()
         self.agents = [self._agent(name) for name in agents]
+
+    @classmethod
+    def of(cls, processes: Fleet, broker: EmbeddedBroker) -> Lab:
+        """The same for a run that is on: no coordinator of its own."""
+        lab = cls.__new__(cls)
+        lab.processes, lab.settings = processes, MqttSettings(port=broker.port)
+        return lab
+
+    def wait_for_run(self, ready: set[str]) -> None:
+        """Until exactly these devices take part in the run."""
+        self.processes.wait_until(
+            lambda: {n for n, r in self.device_records().items() if r.ready} == ready, f"{ready}"
+        )
+
+    def device_records(self) -> dict[str, DeviceRecord]:
+        """Devices as the run has written them down."""
+        return self._read(lambda journal: journal.device_records()) or {}
+
+    def run_step(self) -> int:
+        record = self._read(lambda journal: journal.run_record())
+        return 0 if record is None else record.step
+
+    def _read(self, read: Callable[[RunJournal], Any]) -> Any:
+        path = self.processes.out / "state.sqlite"
+        if not path.exists():
+            return None
+        store = open_store(f"sqlite:///{path}")
+        try:
+            return read(RunJournal(store, "test", self.processes.out, keep=1))
+        finally:
+            store.close()
 
     def _serve(self) -> Process:
         log = self.processes.directory / "serve.log"
@@ -319,3 +354,46 @@ def test_commands_work_from_another_host_and_end_with_their_codes(
         assert "4 reverted" in rolled_back
         lab.serve.signal(signal.SIGTERM)
         assert lab.serve.wait() == ExitCode.OK
+
+
+def test_run_keeps_its_devices_unless_the_operator_takes_one(
+    tmp_path: Path, shared_mosquitto: EmbeddedBroker, fleet: str, export: Export
+) -> None:
+    """1. a run is on 2. a rollout of another bundle plans without its devices 3. with
+    --take-from-run one leaves after its step 4. the run goes on with the other and shows why.
+    """
+    other = export(9)
+    rng = np.random.default_rng(2)
+    with running_fleet(tmp_path, shared_mosquitto.port, fleet) as processes:
+        for name in REAL[:2]:
+            path = processes.write_data(name, rng.normal(size=(60, 5)), np.arange(60) % 3)
+            data = {"npz": {"path": path}}
+            processes.agent(name, data, bundle_keys=[KEY.public.text], compute=ONNX)
+        key = tmp_path / "run.key"
+        write_key_pair(KEY, key, tmp_path / "run.pub")
+        coordinator = processes.coordinator(
+            network={"name": "mlp", "cut": "block1", "input_shape": [5], "classes": 3},
+            fleet_out=str(tmp_path / "fleet"),
+            bundle_key=str(key),
+            epochs=100_000,
+            min_devices=2,
+            global_batch=12,
+        )
+        lab = Lab.of(processes, shared_mosquitto)
+        lab.wait_for_run(both := set(REAL[:2]))
+        facts = describe_bundle(other)
+        with operator_client(lab.settings, fleet) as client:
+            request = PlanRequest(bundle=facts, settings=build_settings())
+            plan = client.ask(request, PlanReply).plan
+        assert plan.left_out == dict.fromkeys(both, "takes part in a run of another bundle")
+        lab.start(other, "taken", selection={"devices": [REAL[0]]}, take_from_run=True)
+        view = lab.wait_for_phase("taken", CampaignPhase.COMPLETED)
+        assert phases(view) == {REAL[0]: DevicePhase.COMMITTED}
+        lab.wait_for_run({REAL[1]})
+        problem = lab.device_records()[REAL[0]].problem
+        assert problem.startswith("waits: rollout taken of net 9")
+        step = lab.run_step()
+        processes.wait_until(lambda: lab.run_step() > step + 3, "steps without the device")
+        terminate(coordinator)
+        assert coordinator.wait() == ExitCode.OK
+        assert lab.verified_in_use(REAL[0]) == bundle_digest(other)
