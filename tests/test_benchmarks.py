@@ -35,6 +35,23 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any
 
 @pytest.mark.broker
 @pytest.mark.processes
+def test_rollout_counts_what_each_device_gets(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    command = [sys.executable, "benchmarks/rollout.py", "--devices", "4", "--waves", "100%"]
+    options = ["--size", "100000", "--processes", "1", "--json", str(out)]
+    done = subprocess.run(
+        [*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    shared, individual = json.loads(out.read_text())["rows"]
+    for row in (shared, individual):
+        assert row["committed"] == 4
+        assert 400_000 < row["device_bytes"] < 440_000
+    assert shared["sent_bytes"] < individual["sent_bytes"] / 2
+
+
+@pytest.mark.broker
+@pytest.mark.processes
 def test_report_names_machine_versions_command_and_one_line_per_variant(
     report: tuple[str, dict[str, Any]],
 ) -> None:

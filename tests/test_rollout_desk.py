@@ -168,6 +168,25 @@ def test_single_device_and_individual_campaigns_use_no_shared_topic(tmp_path: Pa
     assert memory.published[Channel.BUNDLE] == 3 * -(-len(BUNDLE) // CHUNK_BYTES)
 
 
+def test_device_that_loses_chunks_gets_them_again_alone(tmp_path: Path) -> None:
+    memory = Memory(tmp_path, 4, {"gw-002": Behaviour(loses=2)})
+    memory.begin(waves="100%")
+    assert phases(memory.run_until_over()) == {"committed": 4}
+    chunks = -(-len(BUNDLE) // CHUNK_BYTES)
+    assert memory.published[Channel.SHARED_BUNDLE] == chunks
+    assert 2 <= memory.published[Channel.BUNDLE] <= chunks
+
+
+def test_what_no_message_follows_from_is_written_down_too(tmp_path: Path) -> None:
+    memory = Memory(tmp_path, 1, {"gw-000": Behaviour(is_silent=True)})
+    memory.begin(waves="100%")
+    memory.turn()
+    wanted = RolloutStatus(digest=FACTS.digest, campaign="c-1", phase=RolloutPhase.WANTED)
+    memory.say("gw-000", wanted)
+    memory.turn()
+    assert [entry.phase for entry in memory.journal.entries("c-1")] == [DevicePhase.DOWNLOADING]
+
+
 def test_self_test_and_details_stand_in_the_account(tmp_path: Path) -> None:
     memory = Memory(
         tmp_path, 2, {"gw-001": Behaviour(ends=RolloutPhase.FAILED, detail="golden output off")}

@@ -16,6 +16,7 @@ from wire.errors import ConfigError
 from wire.exit_codes import ExitCode
 
 if TYPE_CHECKING:
+    from coordinator.config import RunSettings
     from coordinator.rollout.client import OperatorClient
     from coordinator.rollout.records import BundleFacts, CampaignSettings
     from coordinator.rollout.requests import CampaignView
@@ -122,15 +123,8 @@ def start(
             "take_from_run": take_from_run,
         }
     )
-    with connect(options.load_fleet(config, fleet, host, port)) as client:
-        planned = _ask_plan(client, facts, settings, name)
-        if not as_json:
-            _print_plan(planned)
-        if not yes:
-            typer.confirm("Start?", abort=True, err=as_json)
-        view = _begin(client, facts, data, settings, planned.campaign)
-        if wait:
-            view = _watch(client, view.record.campaign, as_json=as_json, every=False)
+    where = options.load_fleet(config, fleet, host, port)
+    view = _carry_out(where, facts, data, settings, name, yes=yes, wait=wait, as_json=as_json)
     _show(view, as_json=as_json, every=False)
     if wait:
         raise typer.Exit(_code_of(view))
@@ -236,6 +230,28 @@ def _ask_plan(
 
     request = PlanRequest(bundle=facts, settings=settings, campaign=name)
     return client.ask(request, PlanReply).plan
+
+
+def _carry_out(
+    where: RunSettings,
+    facts: BundleFacts,
+    data: bytes,
+    settings: CampaignSettings,
+    name: str,
+    *,
+    yes: bool,
+    wait: bool,
+    as_json: bool,
+) -> CampaignView:
+    """Show the plan, ask, begin, and watch to the end if that is wanted."""
+    with connect(where) as client:
+        planned = _ask_plan(client, facts, settings, name)
+        if not as_json:
+            _print_plan(planned)
+        if not yes:
+            typer.confirm("Start?", abort=True, err=as_json)
+        view = _begin(client, facts, data, settings, planned.campaign)
+        return _watch(client, view.record.campaign, as_json=as_json, every=False) if wait else view
 
 
 def _begin(

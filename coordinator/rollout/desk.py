@@ -182,7 +182,8 @@ class RolloutDesk:
         if now_s >= self._tick_s:
             self._tick_s = now_s + TICK_S
             self._tick()
-        if now_s >= self._flush_s and (self._actions or self._words):
+            self.flush()
+        elif now_s >= self._flush_s and (self._actions or self._words):
             self._flush_s = now_s + FLUSH_S
             self.flush()
         self.delivery.send_due(now_s)
