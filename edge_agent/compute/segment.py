@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.compute.onnx_backend import OnnxBackward, OnnxForward, import_onnxruntime
-from edge_agent.compute.torch_backend import TorchSegment, import_torch
+from edge_agent.compute.torch_backend import TorchSegment, import_torch, warm_up_autograd
 from wire.bundle import Bundle, Manifest
 from wire.errors import LocalProtocolError, ModelError
 
@@ -52,6 +52,8 @@ class SegmentBackend:
         # A segment that ONNX Runtime runs alone must not cost the memory and the start of torch.
         if "torch" in (forward, backward):
             import_torch()
+        if backward == "torch":
+            warm_up_autograd()
 
     def load(self, bundle: Bundle) -> None:
         weights = bundle.initial_weights()

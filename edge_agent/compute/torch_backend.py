@@ -144,6 +144,14 @@ def import_torch() -> Any:
     return torch
 
 
+def warm_up_autograd() -> None:
+    """Let torch import what its first backward pass imports: 0.5 s, better spent before a fork
+    than in the child and in the first step as well."""
+    torch = import_torch()
+    x = torch.zeros(1, requires_grad=True)
+    torch.autograd.grad(x * 2, [x], torch.ones(1))  # with a gradient given, as in a step
+
+
 def _compile_calls(torch: Any, nodes: Iterable[GraphNode], output: str) -> list[_Call]:
     """Resolve operators and constants once; note where each intermediate value is used last."""
     ordered = list(nodes)
