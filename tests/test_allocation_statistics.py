@@ -175,7 +175,7 @@ def test_measured_deviation_stays_within_the_budget_and_time_is_saved(budget: fl
     uniform_s, _, uniform_deviation = _play(policy="ugs")
     lds_s, _, lds_deviation = _play(policy="lds", deviation_budget=budget)
     assert lds_deviation.mean() < (1 + budget) * uniform_deviation.mean() * 1.03
-    assert lds_s < 0.55 * uniform_s
+    assert lds_s < {0.05: 0.5, 0.1: 0.4, 0.3: 0.3}[budget] * uniform_s
 
 
 def test_delta_is_chosen_again_as_the_stragglers_run_out() -> None:
@@ -186,7 +186,7 @@ def test_delta_is_chosen_again_as_the_stragglers_run_out() -> None:
         deltas.append(planner.last_delta)
     assert len(set(deltas)) > 5
     assert deltas[-1] == 0.0
-    assert min(deltas[:100]) > 0.2  # type: ignore[type-var]
+    assert min(deltas[:40]) > 0.2  # type: ignore[type-var]
 
 
 def test_new_delays_change_who_is_spent_first() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.allocation.budget import fit_within_budget
+from coordinator.allocation.budget import Account, fit_within_budget
 from coordinator.allocation.draws import draw_categorical, draw_hypergeometric
 from coordinator.allocation.fleet import (
     ClassPolicy,
@@ -120,11 +120,17 @@ class LatentDirichletSampling:
         self._edges_K = np.zeros(0)
         self._steps_since_fit = 0
         self._stale = True
+        # The account of the deviation budget: steps drawn, their excess, and that of the fit.
+        self._steps = 0
+        self._spent = 0.0
+        self._excess = 0.0
 
     def draw(self, rng: np.random.Generator, remaining_K: IntArray, room_K: IntArray) -> IntArray:
         """Categorical counts; a device that runs out within the step leaves the draw."""
         self._refit_where_due(remaining_K)
         self._steps_since_fit += 1
+        self._steps += 1
+        self._spent += self._excess
         return draw_categorical(rng, self._edges_K, room_K, self._fleet.global_batch)
 
     def expected_share(self, remaining_K: IntArray) -> FloatArray:
@@ -144,6 +150,9 @@ class LatentDirichletSampling:
             "delta": self.delta,
             "steps_since_fit": self._steps_since_fit,
             "stale": self._stale,
+            "steps": self._steps,
+            "spent": self._spent,
+            "excess": self._excess,
             "pi": None,
             "class_mix": None,
             "duals": None,
@@ -162,6 +171,9 @@ class LatentDirichletSampling:
         self.delta = state["delta"]
         self._steps_since_fit = int(state["steps_since_fit"])
         self._stale = bool(state["stale"])
+        self._steps = int(state["steps"])
+        self._spent = float(state["spent"])
+        self._excess = float(state["excess"])
         self._fit = None
         if state["pi"] is not None:
             duals = [np.nan if dual is None else dual for dual in state["duals"]]
@@ -189,9 +201,14 @@ class LatentDirichletSampling:
         if self._fleet.delta is not None:
             self.delta = self._fleet.delta
             return fit_posterior(population, delta=self.delta, start_M=start_M)
-        self.delta, fit = fit_within_budget(
-            population,
+        account = Account(
             deviation_budget=self._fleet.deviation_budget,
+            steps=self._steps + population.left / self._fleet.global_batch,
+            spent=self._spent,
+        )
+        self.delta, fit, self._excess = fit_within_budget(
+            population,
+            account=account,
             global_batch=self._fleet.global_batch,
             guess=self.delta,
             start_M=start_M,
