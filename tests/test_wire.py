@@ -25,9 +25,13 @@ from wire.messages import (
     DeviceState,
     Mode,
     Precision,
+    RolloutAcknowledge,
+    RolloutCancel,
+    RolloutOffer,
     Slot,
     build_metadata,
     decode_message,
+    decode_rollout,
     encode_message,
     parse_header,
 )
@@ -105,6 +109,41 @@ class TestMessages:
         )
         assert encode_message(message) == GOLDEN_ALLOCATION
         assert decode_message(GOLDEN_ALLOCATION, Allocation) == message
+
+    def test_golden_rollout_messages(self) -> None:
+        digest = "1" * 64
+        cancel = RolloutCancel(digest=digest, campaign="c", revert=True)
+        raw = b'{"kind":"cancel","digest":"%s","campaign":"c","revert":true}' % digest.encode()
+        assert encode_message(cancel) == raw
+        assert decode_rollout(raw) == cancel
+        raw = b'{"kind":"acknowledge","digest":"%s","campaign":"c","sequence":3}' % digest.encode()
+        message = RolloutAcknowledge(digest=digest, campaign="c", sequence=3)
+        assert encode_message(message) == raw
+        assert decode_rollout(raw) == message
+        raw = b'{"kind":"offer","digest":"%s","size_bytes":9,"chunk_bytes":4}' % digest.encode()
+        offer = RolloutOffer(digest=digest, size_bytes=9, chunk_bytes=4)
+        assert decode_rollout(raw) == offer
+        assert decode_rollout(encode_message(offer)) == offer
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"kind": "later"},
+            {"kind": None},
+            {"digest": "../../etc/passwd"},
+            {"digest": "A" * 64},
+            {"size_bytes": 0},
+            {"chunk_bytes": 0},
+            {"download_limit_s": 0},
+            {"soak_s": -1},
+            {"soak_s": 1e300},
+        ],
+    )
+    def test_malformed_offer_is_refused(self, change: dict[str, object]) -> None:
+        offer = {"kind": "offer", "digest": "1" * 64, "size_bytes": 9, "chunk_bytes": 4}
+        with pytest.raises(PeerProtocolError) as caught:
+            decode_rollout(json.dumps(offer | change).encode())
+        assert caught.value.reason is Refusal.MALFORMED
 
     def test_unknown_fields_are_skipped(self) -> None:
         state = decode_message(b'{"boot":3,"online":true,"later":[1]}', DeviceState)
