@@ -55,7 +55,11 @@ class FleetService:
         self._watchdog_due_s = 0.0
         self._offers: BundleOffers | None = None
         campaigns = CampaignJournal(
-            settings.fleet, settings.fleet_directory, settings.fleet_state_url, source=source
+            settings.fleet,
+            settings.fleet_directory,
+            settings.fleet_state_url,
+            source=source,
+            at_once=settings.state is not None,  # the store is there anyway
         )
         self._rollouts = RolloutDesk(
             campaigns,

@@ -436,6 +436,23 @@ def _drain(schedule: ChunkSchedule, now_s: float) -> list[Chunk]:
     return chunks
 
 
+def test_fleet_without_rollouts_has_no_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "fleet"
+    journal = CampaignJournal("lab", folder, f"sqlite:///{folder / 'state.sqlite'}")
+    assert (journal.names(), journal.record("c-1"), journal.entries("c-1")) == ([], None, [])
+    assert not folder.exists()
+
+
+def test_campaigns_in_a_store_of_the_settings_are_found_without_the_folder(tmp_path: Path) -> None:
+    memory = Memory(tmp_path, 1)
+    memory.begin(waves="100%")
+    memory.desk.close()
+    url = f"sqlite:///{tmp_path / 'state.sqlite'}"
+    journal = CampaignJournal("lab", tmp_path / "gone", url, at_once=True)
+    assert journal.names() == ["c-1"]
+    journal.close()
+
+
 def test_device_without_a_birth_is_no_candidate(tmp_path: Path) -> None:
     memory = Memory(tmp_path, 1)
     memory.registry.devices["ghost"] = Device("ghost")

@@ -17,17 +17,25 @@ class CampaignJournal:
     """The store's keys for one fleet, and its bundles.
 
     ``campaign/{fleet}/{id}`` and ``campaign-device/{fleet}/{id}/{device}``, so that a campaign of
-    many devices is never written as a whole. Opened when there is something to read or to write:
-    a fleet without rollouts has no folder. ``directory`` holds bundles by digest.
+    many devices is never written as a whole. Unless ``at_once``, opened when there is something to
+    read or to write: a fleet without rollouts has no folder. ``directory`` holds bundles by digest.
     """
 
-    def __init__(self, fleet: str, directory: Path, url: str, *, source: str | None = None) -> None:
+    def __init__(
+        self,
+        fleet: str,
+        directory: Path,
+        url: str,
+        *,
+        source: str | None = None,
+        at_once: bool = False,
+    ) -> None:
         self._fleet = fleet
         self._directory = directory
         self._url = url
         self._source = source
         self._store: StateStore | None = None
-        if directory.exists() or not url.startswith("sqlite:"):
+        if at_once or directory.exists():
             self._open()
 
     def _open(self) -> StateStore:
