@@ -23,7 +23,7 @@ _ACTIVATIONS = (
 )
 # Each example is traced, which takes longer than all comparisons.
 _EXAMPLES = settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
