@@ -32,7 +32,7 @@ from coordinator.allocation.supply import (
 from coordinator.allocation.validation import IntArray
 
 # The solver takes milliseconds for so many pairs of a device and a class that it holds, and a step
-# up to ten solutions. With more pairs the greedy rule is as good within 1 % and far cheaper.
+# up to ten solutions. With more pairs the greedy rule is mostly as good, and far cheaper.
 MOST_PAIRS_SOLVED = 64
 
 
