@@ -42,15 +42,16 @@ worker.install(bundle)
 weights = {{name: exact(array) for name, array in bundle.initial_weights().items()}}
 worker.keep_weights(bundle.digest, bytes(encode_tensors(weights, {{}})))
 slot = Slot(1, 0, {BATCH})
+ranges = ((0, {BATCH}),)
 fp32 = Precision.FP32
 allocation = Allocation(
     run="run", epoch=0, seed=1, plan=1, bundle=bundle.digest, slots=(slot,), precision=fp32
 )
-worker.activations(SendActivations(allocation, slot, 0))
+worker.activations(SendActivations(allocation, slot, 0, ranges))
 cut = rng.standard_normal(({BATCH}, *bundle.manifest.activation.shape), np.float32)
 message = bytes(encode_tensors({{"gradient": exact(cut)}}, {{}}))
 del cut
-gradients = decode_tensors(worker.gradients(SendGradients(allocation, slot, 0), message))
+gradients = decode_tensors(worker.gradients(SendGradients(allocation, slot, 0, ranges), message))
 assert np.abs(gradients.require("stem.conv.weight")).max() > 0
 assert "torch" not in sys.modules
 print(peak_rss_bytes(), backend.forward_pass_samples, backend.backward_pass_samples)
