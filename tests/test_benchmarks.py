@@ -113,3 +113,17 @@ def test_backends_of_a_device_are_held_beside_each_other(tmp_path: Path) -> None
     assert len(table) == 2
     assert "cnn1d: memory " in done.stdout
     assert {"processor", "torch", "onnxruntime"} <= document["machine"].keys()
+
+
+def test_planning_is_measured_for_every_policy_and_the_naive_way(tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    command = [sys.executable, "benchmarks/allocation.py", "--cases", "tiny", "--repeats", "1"]
+    done = subprocess.run(
+        [*command, "--json", str(results)], check=True, capture_output=True, text=True, timeout=120
+    )
+    costs = json.loads(results.read_text())["costs"]
+    ways = ["naive", "ugs", "lds, delta 1", "lds, budget 10 %", "class-targeted"]
+    assert [cost["way"] for cost in costs] == ways
+    assert len({cost["steps"] for cost in costs}) == 1
+    assert all(cost["plan_s"] > 0 and cost["peak_mb"] > 10 for cost in costs)
+    assert done.stdout.count("\n") == 2 + len(costs)
