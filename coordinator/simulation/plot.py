@@ -159,7 +159,7 @@ def _draw_points(
     x = [point.deviation_ratio for point in points]
     y = [point.time_ratio for point in points]
     axes.plot(x, y, color=colour, marker=marker, markersize=4.5, linewidth=1.5, label=label)
-    offset, align = ((6, 4), "left") if labelled else ((-6, -5), "right")
+    offset, align = ((6, 4), "left") if labelled else ((-4, -12), "right")
     for point in points:
         axes.annotate(
             f"{labelled}{point.setting}",
@@ -170,6 +170,7 @@ def _draw_points(
             fontsize=7.5,
             color=colour,
             annotation_clip=True,
+            bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.6},
         )
 
 
