@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -32,6 +32,7 @@ from coordinator.patience import DeadlineSettings
 from coordinator.planning import PolicySettings
 from coordinator.reporting import Reporter
 from coordinator.service import CoordinatorService
+from edge_agent.compute import BackwardName
 from edge_agent.config import AgentSettings, ComputeSettings, TrialDelay
 from edge_agent.datasets import (
     DataSettings,
@@ -79,6 +80,7 @@ class DemoSettings:
     seed: int = 0
     broker: str = "auto"
     agent_python: str = sys.executable
+    agent_backward: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,11 +150,34 @@ def build_agent_settings(
         fleet=FLEET,
         mqtt=mqtt,
         data=msgspec.structs.replace(data.train, partition=partition),
-        compute=ComputeSettings(threads=1),
+        compute=ComputeSettings(threads=1, backward=_backward_for(settings, data)),
         state_dir=str(settings.out / "agents" / device),
         telemetry_every_s=5.0,
         trial_delay=TrialDelay(fixed_s=settings.straggler_delay_s if slow else 0.0),
     )
+
+
+def _backward_for(settings: DemoSettings, data: DemoData) -> BackwardName:
+    """Without PyTorch eight agents start in a fifth of the time and of the memory.
+
+    Only for networks whose segments ONNX Runtime trains as fast (docs/benchmarks.md); a network of
+    the user's own may have layers without an ONNX backward pass.
+    """
+    if settings.agent_backward is not None:
+        return _read_backward(settings.agent_backward)
+    network = settings.network or _network_for(data.sample_shape)
+    return "onnxruntime" if network in {"mlp", "cnn1d", "cnn2d"} else "auto"
+
+
+def _read_backward(text: str) -> BackwardName:
+    try:
+        name: BackwardName = msgspec.convert(text, BackwardName)
+    except msgspec.ValidationError:
+        known = ", ".join(get_args(BackwardName))
+        raise ConfigError(
+            f"expected one of {known}, found {text!r}", source="--agent-backward"
+        ) from None
+    return name
 
 
 def prepare_data(settings: DemoSettings) -> DemoData:

@@ -113,7 +113,7 @@ def test_fleet_without_torch_is_as_accurate_as_a_fleet_with_torch(
     without_torch: tuple[Path, dict[str, Any]], files: tuple[str, str], tmp_path: Path
 ) -> None:
     _, ours = without_torch
-    theirs = train(files, tmp_path / "out")
+    theirs = train(files, tmp_path / "out", "--agent-backward", "torch")
     assert ours["steps"] == theirs["steps"] == 2 * TRAIN // 64
     assert ours["samples_trained"] == theirs["samples_trained"] == 2 * TRAIN
     assert ours["refused"] == {}

@@ -156,6 +156,7 @@ def test_killed_demo_takes_its_agents_and_its_broker_along(tmp_path: Path) -> No
         (["--classes-per-device", "11"], 78, ["--classes-per-device", "10"]),
         (["--devices", "2000"], 78, ["--devices", "2000"]),
         (["--agent-python", "/no/python"], 78, ["--agent-python"]),
+        (["--agent-backward", "jax"], 78, ["--agent-backward", "onnxruntime"]),
         (["--out", "/proc/nowhere"], 78, ["--out"]),
     ],
 )

@@ -50,6 +50,10 @@ def demo(
     agent_python: Annotated[
         str, typer.Option(help="Python interpreter that runs the agents.")
     ] = sys.executable,
+    agent_backward: Annotated[
+        str | None,
+        typer.Option(help="What trains on the agents: onnxruntime, torch or auto.  [by network]"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for results.  [default: runs/demo-TIME]")
     ] = None,
@@ -87,6 +91,7 @@ def demo(
         seed=seed,
         broker=broker,
         agent_python=agent_python,
+        agent_backward=agent_backward,
     )
     configure_logging(verbose=verbose, quiet=True)
     with build_reporter() as reporter:
