@@ -25,10 +25,12 @@ from coordinator.cli.app import main
 from coordinator.optimisers import OptimiserName, OptimiserSettings
 from coordinator.planning import PolicySettings
 from coordinator.simulation.delay_models import BaseDelay, straggler_delays
+from coordinator.study.charts import accuracy_limits_percent
 from coordinator.study.data import StudyData
 from coordinator.study.fleet import EpochOrder, EpochPlans, StudyFleet
+from coordinator.study.methods import Method
 from coordinator.study.settings import TrainingSettings
-from coordinator.study.summary import interval
+from coordinator.study.summary import Group, Interval, interval
 from coordinator.study.training import Trainer
 from edge_agent.datasets import LabelledData
 from tests.pairs import CLASSES, SEED, Pair, make_samples
@@ -279,6 +281,35 @@ def test_intervals_are_students(values: list[float]) -> None:
     assert found.mean - found.half_width == pytest.approx(low)
     assert found.mean + found.half_width == pytest.approx(high)
     assert interval([0.5]).half_width is None
+
+
+def test_chart_shows_the_mean_of_every_method_however_bad() -> None:
+    means = (0.86, 0.525, 0.7)
+    groups = [_group(mean, half_width=0.4) for mean in means]
+    low, high = accuracy_limits_percent(groups)
+    assert (low, high) == (40.0, 100.0)
+    assert all(low < 100 * mean < high for mean in means)
+    assert accuracy_limits_percent([_group(0.01, half_width=None)]) == (0.0, 100.0)
+
+
+def _group(accuracy: float, half_width: float | None) -> Group:
+    value = Interval(accuracy, half_width, 3)
+    nothing = dict.fromkeys(
+        ("over_fls", "over_ugs", "over_undivided", "time_s", "time_ratio", "deviation_ratio"),
+    )
+    return Group(
+        method=Method(),
+        fleet=None,
+        seeds=(0,),
+        accuracy=value,
+        steps=value,
+        straggler_steps=None,
+        deviation=value,
+        deviation_p95=value,
+        curve=(accuracy,),
+        curve_s=None,
+        **nothing,
+    )
 
 
 # What is refused

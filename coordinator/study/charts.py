@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -56,8 +57,15 @@ def accuracy_chart(groups: Sequence[Group]) -> str | None:
                 _draw_accuracies(axes[y][x], groups, own)
                 axes[y][x].set_title(f"{scheme}, {stragglers:.0%} slow")
             axes[y][0].set_ylabel("test accuracy, %")
+        axes[0][0].set_ylim(*accuracy_limits_percent(groups))
         _add_legend(figure, axes[0][0])
     return _inline(out)
+
+
+def accuracy_limits_percent(groups: Sequence[Group]) -> tuple[float, float]:
+    """Lowest and highest accuracy to show: all means are inside, wide intervals may be cut off."""
+    lowest = min(100 * group.accuracy.mean for group in groups)
+    return max(0.0, 10.0 * math.floor((lowest - 3) / 10)), 100.0
 
 
 def race_chart(groups: Sequence[Group]) -> str | None:
@@ -132,7 +140,6 @@ def _draw_accuracies(axes: Axes, groups: Sequence[Group], fleets: Sequence[Fleet
         )
     axes.set_xticks(range(len(fleets)), [f"{fleet.devices} devices" for fleet in fleets])
     axes.set_xlim(-0.5, len(fleets) - 0.5)
-    axes.set_ylim(top=100)
 
 
 def _draw_undivided(axes: Axes, groups: Sequence[Group]) -> None:

@@ -14,7 +14,7 @@ from coordinator.study.settings import DelayModel, StudySettings
 from coordinator.study.summary import UGS, Finding, Group, Interval
 from coordinator.study.tables import interval_text, percent_text
 
-# What the authors report for ResNet-18 on CIFAR-10 and other sets (abstract and tables).
+# What versions 1 and 2 of the paper, those with LDS, claim at most.
 _PAPER = "https://arxiv.org/abs/2407.15738"
 PAPER_GAIN_POINTS = 34.1
 PAPER_TIME_SAVED_PERCENT = 62
