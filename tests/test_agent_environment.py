@@ -98,7 +98,9 @@ def without_torch(
     agent_python: Path, files: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("without")
-    return out, train(files, out, "--agent-python", str(agent_python))
+    # The backend is chosen by the agents themselves: they find no PyTorch.
+    options = ("--agent-python", str(agent_python), "--agent-backward", "auto")
+    return out, train(files, out, *options)
 
 
 def test_environment_has_no_torch_and_is_small(agent_python: Path) -> None:
