@@ -20,6 +20,7 @@ from coordinator.cli.stored_run import (
     StoredRun,
     open_stored_run,
 )
+from wire.command import stop_on_signals
 from wire.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # The coordinator writes its record every second, and at its end says that it is offline.
 GONE_AFTER_S = 5.0
 LEAST_INTERVAL_S = 0.2
+PAUSE_PIECE_S = 0.1  # how long Ctrl-C may go unnoticed
 
 
 class Liveness(StrEnum):
@@ -149,35 +151,52 @@ def _print(record: RunRecord, devices: dict[str, DeviceRecord], now_s: float) ->
 
 def _watch(stored: StoredRun, *, as_json: bool, interval_s: float) -> None:
     """Show the run again and again; Ctrl-C is how this is meant to end."""
-    try:
-        if as_json or not sys.stdout.isatty():
-            _watch_lines(stored, as_json=as_json, interval_s=interval_s)
-        else:
-            _watch_live(stored, interval_s)
-    except KeyboardInterrupt:
-        return
+    pause = Pause()
+    # Not by KeyboardInterrupt, which is lost where it meets a finalizer.
+    stop_on_signals(pause.end)
+    if as_json or not sys.stdout.isatty():
+        _watch_lines(stored, pause, as_json=as_json, interval_s=interval_s)
+    else:
+        _watch_live(stored, pause, interval_s)
 
 
-def _watch_lines(stored: StoredRun, *, as_json: bool, interval_s: float) -> None:
-    while True:
+class Pause:
+    """A wait that ``end`` cuts short, from a signal handler too; no lock is involved."""
+
+    def __init__(self) -> None:
+        self.is_ended = False
+
+    def end(self) -> None:
+        """Let the wait that is on, and all later ones, return at once."""
+        self.is_ended = True
+
+    def wait(self, seconds: float) -> None:
+        """Sleep in short pieces: a signal handler that returns does not wake a sleep."""
+        deadline_s = time.monotonic() + seconds
+        while not self.is_ended and (rest_s := deadline_s - time.monotonic()) > 0:
+            time.sleep(min(rest_s, PAUSE_PIECE_S))
+
+
+def _watch_lines(stored: StoredRun, pause: Pause, *, as_json: bool, interval_s: float) -> None:
+    while not pause.is_ended:
         record, devices = stored.read()
         now_s = time.time()
         document = json.dumps(status_document(record, devices, now_s))
         print(document if as_json else _line(record, devices, now_s), flush=True)
-        time.sleep(interval_s)
+        pause.wait(interval_s)
 
 
-def _watch_live(stored: StoredRun, interval_s: float) -> None:
+def _watch_live(stored: StoredRun, pause: Pause, interval_s: float) -> None:
     from rich.live import Live
 
     from coordinator.tables import build_console, facts_table
 
     with Live(console=build_console(sys.stdout), auto_refresh=False) as live:
-        while True:
+        while not pause.is_ended:
             record, devices = stored.read()
             facts = status_facts(record, devices, time.time())
             live.update(facts_table(facts), refresh=True)
-            time.sleep(interval_s)
+            pause.wait(interval_s)
 
 
 def _line(record: RunRecord, devices: dict[str, DeviceRecord], now_s: float) -> str:
