@@ -74,8 +74,8 @@ QUICK = StudySettings(
     training=TrainingSettings(
         data=DataChoice(name=DIGITS),
         network="mlp",
-        optimiser=OptimiserSettings(lr=3e-3),
-        global_batch=32,
+        optimiser=OptimiserSettings(lr=6e-3),
+        global_batch=64,
     ),
     methods=tuple(
         parse_method(name) for name in ("undivided", "fls", "fpls", "ugs", "lds", "class-targeted")
