@@ -158,7 +158,7 @@ def build_agent_settings(
 
 
 def _backward_for(settings: DemoSettings, data: DemoData) -> BackwardName:
-    """Without PyTorch eight agents start in a fifth of the time and of the memory.
+    """Without PyTorch an agent starts sooner and takes a quarter of the memory.
 
     Only for networks whose segments ONNX Runtime trains as fast (docs/benchmarks.md); a network of
     the user's own may have layers without an ONNX backward pass.
