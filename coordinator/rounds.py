@@ -313,13 +313,14 @@ class Rounds:
     def evaluated(self, now_s: float) -> list[Action]:
         """The epoch's evaluation is done; begin the next epoch or end the run."""
         assert self.phase is Phase.EPOCH_END
+        ended, self.account = self.account, EpochAccount()
         self.epoch += 1
-        self.account = EpochAccount()
         if self.epoch >= self.settings.epochs:
             self.phase = Phase.DONE
             return []
         self.phase = Phase.WAITING
         self._begin_epoch()
+        self._count_on_devices_of(ended)
         return self._advance(now_s)
 
     def tick(self, now_s: float) -> list[Action]:
@@ -466,6 +467,17 @@ class Rounds:
         self._later.clear()
         for member in self._members.values():
             self.account.add(member.device, member.samples)
+
+    def _count_on_devices_of(self, ended: EpochAccount) -> None:
+        """Expect those that are away, and were not missed, as if they had left a moment later.
+
+        A device that is lost or started again just between two epochs holds nothing of the one
+        and would be forgotten in the other.
+        """
+        stayed_away = ended.untrained()
+        for name, account in ended.devices.items():
+            if name not in stayed_away:
+                self.account.add(name, account.samples)
 
     def _advance(self, now_s: float) -> list[Action]:
         """Between two steps: open the next one, end the epoch, or wait."""

@@ -56,6 +56,7 @@ class Owner:
     trained: dict[tuple[int, str], NDArray[np.int64]] = field(default_factory=dict)
     poisoned: set[str] = field(default_factory=set)
     hold_applied: bool = False  # stop between two steps, as for a checkpoint
+    hold_epochs: bool = False  # stop between two epochs
 
     def __post_init__(self) -> None:
         self.rounds = Rounds(self.settings)
@@ -120,6 +121,11 @@ class Owner:
         self.early.clear()
         self._plan = None
         self._last_step = self.rounds.step
+
+    def begin_held_epoch(self) -> None:
+        """Go on from the stop between two epochs, and stop at no other."""
+        self.hold_epochs = False
+        self.perform(self.rounds.evaluated(self.now_s))
 
     def tick(self) -> None:
         deadline_s = self.rounds.deadline_s
@@ -270,7 +276,8 @@ class Owner:
         for name, account in self.rounds.account.devices.items():
             seen = self.trained.get((end.epoch, name), np.zeros(account.samples, np.int64))
             assert seen.sum() + end.missed.get(name, 0) == account.samples
-        return [] if self.hold_applied else self.rounds.evaluated(self.now_s)
+        held = self.hold_applied or self.hold_epochs
+        return [] if held else self.rounds.evaluated(self.now_s)
 
     # What must hold at any moment
 

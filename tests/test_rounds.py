@@ -283,7 +283,44 @@ def test_device_that_returns_while_it_is_waited_for_is_trained() -> None:
     assert owner.epochs[0].missed == {}
 
 
-def test_next_epoch_counts_only_devices_that_are_there() -> None:
+def _between_two_epochs() -> Owner:
+    owner = build_fleet()
+    owner.hold_epochs = True
+    owner.run_until(Phase.EPOCH_END)
+    return owner
+
+
+def _gone_between_two_epochs() -> Owner:
+    owner = _between_two_epochs()
+    owner.gone("a")
+    owner.begin_held_epoch()
+    return owner
+
+
+def test_device_that_is_away_between_two_epochs_is_trained_when_it_returns() -> None:
+    owner = _gone_between_two_epochs()
+    owner.run_until(Phase.WAITING)
+    assert owner.rounds.waited_for == ("a",)
+    owner.ready("a", 20)
+    owner.run_until(Phase.DONE)
+    assert [(end.trained, end.missed) for end in owner.epochs] == [(48, {}), (48, {})]
+
+
+def test_device_that_stays_away_from_the_end_of_an_epoch_on_is_missed_by_name() -> None:
+    owner = _gone_between_two_epochs()
+    owner.run_until(Phase.DONE)
+    assert [(end.trained, end.missed) for end in owner.epochs] == [(48, {}), (28, {"a": 20})]
+
+
+def test_device_that_returns_between_two_epochs_with_other_data_counts_with_these() -> None:
+    owner = _between_two_epochs()
+    owner.ready("a", 21)
+    owner.begin_held_epoch()
+    owner.run_until(Phase.DONE)
+    assert [(end.trained, end.missed) for end in owner.epochs] == [(48, {}), (49, {})]
+
+
+def test_next_epoch_does_not_wait_for_devices_that_were_missed_in_this_one() -> None:
     owner = build_fleet()
     owner.gone("a")
     owner.run_until(Phase.DONE)
