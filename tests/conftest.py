@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from coordinator.broker import EmbeddedBroker, find_free_port
+from coordinator.cli.app import main as coordinator_main
+from edge_agent.cli import main as agent_main
 from tests.brokers import start_mosquitto
+from tests.commands import RunCommand, build_runner
 
 _MARK = "SPLITFLEET_TEST_SESSION"
 _GRACE_S = 5.0
@@ -94,3 +97,17 @@ def fleet() -> str:
 def free_port() -> int:
     """A loopback TCP port that nobody listens on."""
     return find_free_port()
+
+
+@pytest.fixture
+def run_coordinator(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> RunCommand:
+    """``coordinator WORD...`` in this process."""
+    return build_runner("coordinator", coordinator_main, monkeypatch, capfd)
+
+
+@pytest.fixture
+def run_agent(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> RunCommand:
+    """``edge-agent WORD...`` in this process."""
+    return build_runner("edge-agent", agent_main, monkeypatch, capfd)

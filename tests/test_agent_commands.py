@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +11,15 @@ import numpy as np
 import pytest
 
 from coordinator.broker import EmbeddedBroker
-from edge_agent.cli import main
 from models.export import export_bundle
 from models.registry import build_network
 from models.split import split_network
+from tests.commands import RunCommand
 from wire.bundle import CLIENT_BACKWARD, Bundle, build_bundle
 from wire.exit_codes import ExitCode
 
 SHAPE = (6,)
 CLASSES = 3
-
-
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
-
-
-RunAgent = Callable[..., Ended]
-
-
-@pytest.fixture
-def run_agent(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> RunAgent:
-    """Run the command as its entry point does, in this process."""
-
-    def run(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["edge-agent", *map(str, arguments)])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as exc:
-            code = exc.code or 0
-        shown = capfd.readouterr()
-        assert isinstance(code, int)
-        return Ended(code, shown.out, shown.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +62,7 @@ def lines_of(out: str) -> dict[str, str]:
 
 @pytest.mark.broker
 def test_check_says_which_backend_and_why_and_what_a_bundle_costs(
-    run_agent: RunAgent, settings: Path, bundle_path: Path
+    run_agent: RunCommand, settings: Path, bundle_path: Path
 ) -> None:
     ended = run_agent("check", "-c", settings, "--bundle", bundle_path)
     assert (ended.code, ended.err) == (0, "")
@@ -110,7 +79,7 @@ def test_check_says_which_backend_and_why_and_what_a_bundle_costs(
 
 @pytest.mark.broker
 def test_check_as_json_measures_what_onnx_runtime_can_do(
-    run_agent: RunAgent, tmp_path: Path, shared_mosquitto: EmbeddedBroker, bundle_path: Path
+    run_agent: RunCommand, tmp_path: Path, shared_mosquitto: EmbeddedBroker, bundle_path: Path
 ) -> None:
     compute = {"backward": "onnxruntime", "max_batch": 4}
     path = write_settings(tmp_path, shared_mosquitto.port, compute=compute)
@@ -127,7 +96,7 @@ def test_check_as_json_measures_what_onnx_runtime_can_do(
 
 @pytest.mark.broker
 def test_check_finds_the_bundle_that_the_agent_used_last(
-    run_agent: RunAgent, settings: Path, tmp_path: Path, bundle_data: bytes
+    run_agent: RunCommand, settings: Path, tmp_path: Path, bundle_data: bytes
 ) -> None:
     assert "none here yet; --bundle FILE" in run_agent("check", "-c", settings).out
     directory = tmp_path / "state" / "bundles"
@@ -141,7 +110,7 @@ def test_check_finds_the_bundle_that_the_agent_used_last(
 
 @pytest.mark.broker
 def test_check_of_a_device_that_cannot_train_says_so_and_ends_with_65(
-    run_agent: RunAgent, tmp_path: Path, shared_mosquitto: EmbeddedBroker, bundle_path: Path
+    run_agent: RunCommand, tmp_path: Path, shared_mosquitto: EmbeddedBroker, bundle_path: Path
 ) -> None:
     path = write_settings(tmp_path, shared_mosquitto.port, compute={"backward": "none"})
     ended = run_agent("check", "-c", path, "--bundle", bundle_path)
@@ -153,7 +122,7 @@ def test_check_of_a_device_that_cannot_train_says_so_and_ends_with_65(
 
 @pytest.mark.broker
 def test_check_of_a_bundle_for_other_samples_ends_with_65(
-    run_agent: RunAgent, tmp_path: Path, shared_mosquitto: EmbeddedBroker, bundle_path: Path
+    run_agent: RunCommand, tmp_path: Path, shared_mosquitto: EmbeddedBroker, bundle_path: Path
 ) -> None:
     path = write_settings(tmp_path, shared_mosquitto.port, shape=(2, 4))
     ended = run_agent("check", "-c", path, "--bundle", bundle_path)
@@ -164,7 +133,7 @@ def test_check_of_a_bundle_for_other_samples_ends_with_65(
 
 @pytest.mark.broker
 def test_check_of_an_old_bundle_without_a_backward_graph_says_what_to_do(
-    run_agent: RunAgent, tmp_path: Path, shared_mosquitto: EmbeddedBroker, bundle_data: bytes
+    run_agent: RunCommand, tmp_path: Path, shared_mosquitto: EmbeddedBroker, bundle_data: bytes
 ) -> None:
     bundle = Bundle.from_bytes(bundle_data)
     files = {name: data for name, data in bundle.files.items() if name != CLIENT_BACKWARD}
@@ -178,7 +147,7 @@ def test_check_of_an_old_bundle_without_a_backward_graph_says_what_to_do(
 
 
 def test_check_without_a_broker_ends_with_69(
-    run_agent: RunAgent, tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
+    run_agent: RunCommand, tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edge_agent.checking.BROKER_TIMEOUT_S", 0.3)
     ended = run_agent("check", "-c", write_settings(tmp_path, free_port))
@@ -196,7 +165,12 @@ def test_check_without_a_broker_ends_with_69(
     ],
 )
 def test_file_that_is_no_bundle_is_named(
-    run_agent: RunAgent, tmp_path: Path, command: str, content: bytes | None, code: int, words: str
+    run_agent: RunCommand,
+    tmp_path: Path,
+    command: str,
+    content: bytes | None,
+    code: int,
+    words: str,
 ) -> None:
     path = tmp_path / "no.bundle"
     if content is not None:
@@ -210,7 +184,7 @@ def test_file_that_is_no_bundle_is_named(
 
 @pytest.mark.processes
 def test_bench_shows_both_backends_as_a_table_and_as_json(
-    run_agent: RunAgent, bundle_path: Path
+    run_agent: RunCommand, bundle_path: Path
 ) -> None:
     options = ("--bundle", bundle_path, "--batch", 4, "--rounds", 1)
     ended = run_agent("bench", *options)
@@ -229,7 +203,7 @@ def test_bench_shows_both_backends_as_a_table_and_as_json(
 
 @pytest.mark.processes
 def test_bench_takes_the_agent_s_last_bundle_and_its_settings(
-    run_agent: RunAgent, tmp_path: Path, bundle_data: bytes, monkeypatch: pytest.MonkeyPatch
+    run_agent: RunCommand, tmp_path: Path, bundle_data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "edge_agent.measuring.compare.find_spec",
@@ -248,14 +222,14 @@ def test_bench_takes_the_agent_s_last_bundle_and_its_settings(
     assert document["left_out"] == {"torch": "not installed"}
 
 
-def test_bench_of_nothing_asks_for_a_bundle(run_agent: RunAgent) -> None:
+def test_bench_of_nothing_asks_for_a_bundle(run_agent: RunCommand) -> None:
     ended = run_agent("bench")
     assert ended.code == ExitCode.CONFIG
     assert "expected --bundle FILE, or -c FILE" in ended.err
 
 
 def test_bench_of_a_bundle_that_nothing_here_can_run_ends_with_65(
-    run_agent: RunAgent, tmp_path: Path, bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_agent: RunCommand, tmp_path: Path, bundle_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edge_agent.measuring.compare.find_spec", lambda name: None)
     ended = run_agent("bench", "--bundle", bundle_path)
@@ -265,7 +239,7 @@ def test_bench_of_a_bundle_that_nothing_here_can_run_ends_with_65(
 
 @pytest.mark.parametrize("option", ["--batch", "--rounds"])
 def test_bench_refuses_counts_below_one(
-    run_agent: RunAgent, bundle_path: Path, option: str
+    run_agent: RunCommand, bundle_path: Path, option: str
 ) -> None:
     ended = run_agent("bench", "--bundle", bundle_path, option, 0)
     assert ended.code == ExitCode.USAGE

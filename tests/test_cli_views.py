@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -17,44 +16,16 @@ import pytest
 
 from coordinator import health
 from coordinator.broker_config import LabBroker, lab_acl, lab_mosquitto_config
-from coordinator.cli.app import main
 from coordinator.cli.status import Liveness, liveness
 from coordinator.health import Level, satisfies
 from coordinator.journal import DeviceRecord, Journal, PhaseDelay, RunRecord
 from coordinator.store import open_store, put_records
 from tests.brokers import configured_mosquitto
+from tests.commands import Ended, RunCommand
 from wire.bundle import Bundle
 from wire.exit_codes import ExitCode
 
 COMMANDS = ("devices", "status", "simulate", "export", "broker-config", "doctor")
-
-
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
-
-
-RunCommand = Callable[..., Ended]
-
-
-@pytest.fixture
-def run_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> RunCommand:
-    """Run the command as its entry point does, in this process."""
-
-    def run(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["coordinator", *map(str, arguments)])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as exc:
-            code = exc.code or 0
-        shown = capfd.readouterr()
-        assert isinstance(code, int)
-        return Ended(code, shown.out, shown.err)
-
-    return run
 
 
 def run_record(**changes: object) -> RunRecord:
@@ -127,8 +98,10 @@ def write_config(directory: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example_that_names_the_command(run_command: RunCommand, command: str) -> None:
-    ended = run_command(command, "--help")
+def test_help_has_an_example_that_names_the_command(
+    run_coordinator: RunCommand, command: str
+) -> None:
+    ended = run_coordinator(command, "--help")
     assert ended.code == 0
     assert f"Example: coordinator {command}" in " ".join(ended.out.split())
 
@@ -150,9 +123,9 @@ def test_help_brings_neither_torch_nor_matplotlib() -> None:
 
 
 def test_devices_are_shown_with_state_samples_delay_bytes_and_refusals(
-    run_command: RunCommand, write_state: Callable[..., str]
+    run_coordinator: RunCommand, write_state: Callable[..., str]
 ) -> None:
-    ended = run_command("devices", "--state", write_state())
+    ended = run_coordinator("devices", "--state", write_state())
     assert ended.code == 0
     rows = {line.split()[0]: line for line in ended.out.splitlines() if line.startswith("gw-")}
     for part in (
@@ -174,50 +147,50 @@ def test_devices_are_shown_with_state_samples_delay_bytes_and_refusals(
 
 
 def test_a_devices_words_cannot_command_the_terminal(
-    run_command: RunCommand, write_state: Callable[..., str]
+    run_coordinator: RunCommand, write_state: Callable[..., str]
 ) -> None:
-    assert "\x1b" not in run_command("devices", "--state", write_state()).out
+    assert "\x1b" not in run_coordinator("devices", "--state", write_state()).out
 
 
 def test_devices_as_json_are_complete(
-    run_command: RunCommand, write_state: Callable[..., str]
+    run_coordinator: RunCommand, write_state: Callable[..., str]
 ) -> None:
-    shown = json.loads(run_command("devices", "--state", write_state(), "--json").out)
+    shown = json.loads(run_coordinator("devices", "--state", write_state(), "--json").out)
     assert [device["device"] for device in shown] == ["gw-1", "gw-2", "gw-3", "gw-4"]
     assert msgspec.convert(shown, list[DeviceRecord]) == DEVICES
 
 
 def test_a_run_without_devices_says_so(
-    run_command: RunCommand, write_state: Callable[..., str]
+    run_coordinator: RunCommand, write_state: Callable[..., str]
 ) -> None:
-    ended = run_command("devices", "--state", write_state(None, []))
+    ended = run_coordinator("devices", "--state", write_state(None, []))
     assert ended.out == "run lab-1: no device has reported yet\n"
 
 
 def test_store_and_run_come_from_the_runs_file(
-    run_command: RunCommand, write_state: Callable[..., str], tmp_path: Path
+    run_coordinator: RunCommand, write_state: Callable[..., str], tmp_path: Path
 ) -> None:
     write_state()
     write_state(run_record(run="other"), [])
     config = write_config(tmp_path, f"run: lab-1\nout: {tmp_path}\n")
-    assert "gw-1" in run_command("devices", "-c", config).out
-    assert "no device" in run_command("devices", "-c", config, "--run", "other").out
+    assert "gw-1" in run_coordinator("devices", "-c", config).out
+    assert "no device" in run_coordinator("devices", "-c", config, "--run", "other").out
 
 
 # Which run
 
 
-def test_without_a_store_the_command_line_is_wrong(run_command: RunCommand) -> None:
-    ended = run_command("devices")
+def test_without_a_store_the_command_line_is_wrong(run_coordinator: RunCommand) -> None:
+    ended = run_coordinator("devices")
     assert ended.code == ExitCode.USAGE
     assert "-c FILE or --state URL" in ended.err
 
 
 def test_a_missing_store_is_an_error_and_stays_missing(
-    run_command: RunCommand, tmp_path: Path
+    run_coordinator: RunCommand, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, f"out: {tmp_path}/nothing\n")
-    ended = run_command("status", "-c", config)
+    ended = run_coordinator("status", "-c", config)
     assert ended.code == ExitCode.CONFIG
     assert ended.err.startswith(f"error: {config}: $.state: ")
     assert "does not exist" in ended.err
@@ -226,38 +199,38 @@ def test_a_missing_store_is_an_error_and_stays_missing(
 
 
 def test_an_unknown_run_is_an_error_that_names_those_there_are(
-    run_command: RunCommand, write_state: Callable[..., str]
+    run_coordinator: RunCommand, write_state: Callable[..., str]
 ) -> None:
-    ended = run_command("status", "--state", write_state(), "--run", "lab-2")
+    ended = run_coordinator("status", "--state", write_state(), "--run", "lab-2")
     assert ended.code == ExitCode.CONFIG
     assert "expected run 'lab-2'" in ended.err
     assert "found lab-1" in ended.err
 
 
 def test_of_several_runs_one_has_to_be_named(
-    run_command: RunCommand, write_state: Callable[..., str]
+    run_coordinator: RunCommand, write_state: Callable[..., str]
 ) -> None:
     write_state()
-    ended = run_command("status", "--state", write_state(run_record(run="lab-2")))
+    ended = run_coordinator("status", "--state", write_state(run_record(run="lab-2")))
     assert ended.code == ExitCode.CONFIG
     assert "--run: expected one of the runs" in ended.err
     assert "lab-1, lab-2" in ended.err
 
 
 def test_a_store_that_does_not_answer_has_its_own_code(
-    run_command: RunCommand, free_port: int
+    run_coordinator: RunCommand, free_port: int
 ) -> None:
-    ended = run_command("devices", "--state", f"redis://:secret@127.0.0.1:{free_port}/0")
+    ended = run_coordinator("devices", "--state", f"redis://:secret@127.0.0.1:{free_port}/0")
     assert ended.code == ExitCode.UNAVAILABLE
     assert "secret" not in ended.err
 
 
-def test_a_damaged_record_is_named(run_command: RunCommand, tmp_path: Path) -> None:
+def test_a_damaged_record_is_named(run_coordinator: RunCommand, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/state.sqlite"
     store = open_store(url)
     put_records(store, {"run/lab-1": DEVICES[0]})
     store.close()
-    ended = run_command("status", "--state", url)
+    ended = run_coordinator("status", "--state", url)
     assert ended.code == ExitCode.DATA
     assert "record 'run/lab-1': expected a RunRecord" in ended.err
 
@@ -266,9 +239,9 @@ def test_a_damaged_record_is_named(run_command: RunCommand, tmp_path: Path) -> N
 
 
 def test_status_shows_where_a_run_is(
-    run_command: RunCommand, write_state: Callable[..., str]
+    run_coordinator: RunCommand, write_state: Callable[..., str]
 ) -> None:
-    ended = run_command("status", "--state", write_state())
+    ended = run_coordinator("status", "--state", write_state())
     assert ended.code == 0
     facts = dict(line.rstrip().split("  ", 1) for line in ended.out.splitlines())
     facts = {name: value.strip() for name, value in facts.items()}
@@ -291,26 +264,26 @@ def age_record(url: str, seconds: float) -> None:
 
 
 def test_a_coordinator_that_has_gone_is_told_from_one_that_runs(
-    run_command: RunCommand, write_state: Callable[..., str]
+    run_coordinator: RunCommand, write_state: Callable[..., str]
 ) -> None:
     url = write_state()
     age_record(url, 42)
-    ended = run_command("status", "--state", url)
+    ended = run_coordinator("status", "--state", url)
     assert ended.code == ExitCode.FAILED
     assert "NO SIGN OF LIFE for 42." in ended.out
-    shown = json.loads(run_command("status", "--state", url, "--json").out)
+    shown = json.loads(run_coordinator("status", "--state", url, "--json").out)
     assert shown["state"] == "gone"
     assert 42 <= shown["age_s"] < 60
 
 
 def test_a_run_that_said_goodbye_is_finished_or_stopped(
-    run_command: RunCommand, write_state: Callable[..., str]
+    run_coordinator: RunCommand, write_state: Callable[..., str]
 ) -> None:
     url = write_state(run_record(online=False, epoch=10))
-    ended = run_command("status", "--state", url)
+    ended = run_coordinator("status", "--state", url)
     assert (ended.code, "finished" in ended.out) == (0, True)
     write_state(run_record(online=False, epoch=3))
-    ended = run_command("status", "--state", url)
+    ended = run_coordinator("status", "--state", url)
     assert (ended.code, "train --resume goes on" in ended.out) == (0, True)
 
 
@@ -320,9 +293,9 @@ def test_a_clock_that_is_behind_does_not_make_a_run_old() -> None:
 
 
 def test_status_as_json_counts_devices(
-    run_command: RunCommand, write_state: Callable[..., str]
+    run_coordinator: RunCommand, write_state: Callable[..., str]
 ) -> None:
-    shown = json.loads(run_command("status", "--state", write_state(), "--json").out)
+    shown = json.loads(run_coordinator("status", "--state", write_state(), "--json").out)
     assert shown["state"] == "running"
     assert shown["devices"] == {"known": 4, "online": 3, "ready": 1}
     assert (shown["step"], shown["waited_for"]) == (230, ["gw-2"])
@@ -354,9 +327,11 @@ def test_a_watch_follows_the_run_until_it_is_interrupted(write_state: Callable[.
 # export
 
 
-def test_an_exported_bundle_is_what_is_reported(run_command: RunCommand, tmp_path: Path) -> None:
+def test_an_exported_bundle_is_what_is_reported(
+    run_coordinator: RunCommand, tmp_path: Path
+) -> None:
     out, files = tmp_path / "new" / "c.bundle", tmp_path / "files"
-    ended = run_command(
+    ended = run_coordinator(
         *("export", "--network", "mlp", "--input-shape", "8", "--classes", "3", "--json"),
         *("--name", "press", "--version", "7", "--out", out, "--unpack", files),
     )
@@ -373,12 +348,12 @@ def test_an_exported_bundle_is_what_is_reported(run_command: RunCommand, tmp_pat
 
 
 def test_an_export_from_a_runs_file_takes_shapes_from_its_test_data(
-    run_command: RunCommand, tmp_path: Path
+    run_coordinator: RunCommand, tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "test.npz", x=np.zeros((6, 8), np.float32), y=np.arange(6) % 3)
     text = f"run: press\nnetwork: {{name: mlp}}\ntest_data: {{npz: {{path: {tmp_path}/test.npz}}}}"
     config = write_config(tmp_path, text)
-    ended = run_command("export", "-c", config, "--frozen", "--out", tmp_path / "c.bundle")
+    ended = run_coordinator("export", "-c", config, "--frozen", "--out", tmp_path / "c.bundle")
     assert ended.code == 0, ended.err
     manifest = Bundle.from_bytes((tmp_path / "c.bundle").read_bytes()).manifest
     assert (manifest.name, manifest.input.shape, manifest.classes) == ("press", (8,), 3)
@@ -387,28 +362,28 @@ def test_an_export_from_a_runs_file_takes_shapes_from_its_test_data(
         assert part in ended.out
 
 
-def test_possible_cuts_are_listed_with_their_activations(run_command: RunCommand) -> None:
+def test_possible_cuts_are_listed_with_their_activations(run_coordinator: RunCommand) -> None:
     arguments = ("export", "--network", "cnn2d", "--input-shape", "1,8,8", "--classes", "3")
-    cuts = json.loads(run_command(*arguments, "--list-cuts", "--json").out)
+    cuts = json.loads(run_coordinator(*arguments, "--list-cuts", "--json").out)
     assert sum(cut["default"] for cut in cuts) == 1
-    table = run_command(*arguments, "--list-cuts").out
+    table = run_coordinator(*arguments, "--list-cuts").out
     for cut in cuts:
         assert cut["layer"] in table
         assert " x ".join(map(str, cut["activation_shape"])) in table
 
 
 def test_an_export_without_a_shape_says_what_is_missing(
-    run_command: RunCommand, tmp_path: Path
+    run_coordinator: RunCommand, tmp_path: Path
 ) -> None:
-    ended = run_command("export", "--network", "mlp", "--classes", "3", "--out", tmp_path / "c")
+    ended = run_coordinator("export", "--network", "mlp", "--classes", "3", "--out", tmp_path / "c")
     assert ended.code == ExitCode.CONFIG
     assert "$.network.input_shape: expected a value (or test_data, or --input-shape)" in ended.err
 
 
 def test_a_layer_that_cannot_be_cut_is_refused_with_those_that_can(
-    run_command: RunCommand, tmp_path: Path
+    run_coordinator: RunCommand, tmp_path: Path
 ) -> None:
-    ended = run_command(
+    ended = run_coordinator(
         *("export", "--network", "mlp", "--input-shape", "8", "--classes", "3"),
         *("--cut", "nowhere", "--out", tmp_path / "c"),
     )
@@ -428,15 +403,15 @@ def test_a_layer_that_cannot_be_cut_is_refused_with_those_that_can(
     ],
 )
 def test_a_wrong_export_command_line_has_the_usage_code(
-    run_command: RunCommand, arguments: tuple[str, ...]
+    run_coordinator: RunCommand, arguments: tuple[str, ...]
 ) -> None:
-    assert run_command("export", *arguments).code == ExitCode.USAGE
+    assert run_coordinator("export", *arguments).code == ExitCode.USAGE
 
 
 def test_an_export_that_cannot_be_written_names_the_file(
-    run_command: RunCommand, tmp_path: Path
+    run_coordinator: RunCommand, tmp_path: Path
 ) -> None:
-    ended = run_command(
+    ended = run_coordinator(
         *("export", "--network", "mlp", "--input-shape", "8", "--classes", "3"),
         *("--out", tmp_path),
     )
@@ -448,24 +423,24 @@ def test_an_export_that_cannot_be_written_names_the_file(
 
 
 def test_configuration_and_rules_are_printed_one_by_one_or_together(
-    run_command: RunCommand,
+    run_coordinator: RunCommand,
 ) -> None:
     lab = LabBroker(fleet="plant", port=2883)
     conf, acl = (
-        run_command("broker-config", "--fleet", "plant", "--port", 2883, "--part", part).out
+        run_coordinator("broker-config", "--fleet", "plant", "--port", 2883, "--part", part).out
         for part in ("conf", "acl")
     )
     assert (conf, acl) == (lab_mosquitto_config(lab), lab_acl(lab))
-    both = run_command("broker-config", "--fleet", "plant", "--port", 2883).out
+    both = run_coordinator("broker-config", "--fleet", "plant", "--port", 2883).out
     assert both.index(conf) < both.index(acl)
 
 
 @pytest.mark.broker
 def test_written_files_are_what_a_mosquitto_takes(
-    run_command: RunCommand, tmp_path: Path, free_port: int
+    run_coordinator: RunCommand, tmp_path: Path, free_port: int
 ) -> None:
     (tmp_path / "users").touch(mode=0o600)
-    ended = run_command(
+    ended = run_coordinator(
         *("broker-config", "--out", tmp_path, "--port", free_port, "--bind", "127.0.0.1"),
         *("--operator-port", 0, "--password-path", tmp_path / "users"),
         *("--acl-path", tmp_path / "splitfleet.acl"),
@@ -478,22 +453,22 @@ def test_written_files_are_what_a_mosquitto_takes(
         pass  # it has answered
 
 
-def test_the_fleet_comes_from_the_runs_file(run_command: RunCommand, tmp_path: Path) -> None:
+def test_the_fleet_comes_from_the_runs_file(run_coordinator: RunCommand, tmp_path: Path) -> None:
     config = write_config(tmp_path, "fleet: plant\n")
-    assert "splitfleet/v1/plant/#" in run_command("broker-config", "-c", config).out
+    assert "splitfleet/v1/plant/#" in run_coordinator("broker-config", "-c", config).out
 
 
-def test_tls_needs_all_three_files(run_command: RunCommand) -> None:
-    assert run_command("broker-config", "--tls-ca", "/ca.pem").code == ExitCode.USAGE
+def test_tls_needs_all_three_files(run_coordinator: RunCommand) -> None:
+    assert run_coordinator("broker-config", "--tls-ca", "/ca.pem").code == ExitCode.USAGE
     files = ("--tls-ca", "/ca.pem", "--tls-cert", "/c.pem", "--tls-key", "/k.pem")
-    assert "require_certificate true" in run_command("broker-config", *files).out
-    no_certificates = run_command("broker-config", *files, "--no-client-certificates").out
+    assert "require_certificate true" in run_coordinator("broker-config", *files).out
+    no_certificates = run_coordinator("broker-config", *files, "--no-client-certificates").out
     assert "require_certificate" not in no_certificates
     assert "certfile /c.pem" in no_certificates
 
 
-def test_a_port_that_is_none_is_refused(run_command: RunCommand) -> None:
-    ended = run_command("broker-config", "--port", 99_999)
+def test_a_port_that_is_none_is_refused(run_coordinator: RunCommand) -> None:
+    ended = run_coordinator("broker-config", "--port", 99_999)
     assert ended.code == ExitCode.CONFIG
     assert ended.err == "error: port: expected a port from 1 to 65535, got 99999\n"
 
@@ -517,7 +492,7 @@ def checks_of(ended: Ended) -> dict[str, dict[str, object]]:
 
 @pytest.mark.broker
 def test_a_sound_machine_and_run_pass(
-    run_command: RunCommand,
+    run_coordinator: RunCommand,
     tmp_path: Path,
     shared_mosquitto: object,
     write_state: Callable[..., str],
@@ -526,7 +501,7 @@ def test_a_sound_machine_and_run_pass(
     np.savez(tmp_path / "t.npz", x=np.zeros((6, 8), np.float32), y=np.arange(6) % 3)
     port = shared_mosquitto.port  # type: ignore[attr-defined]
     config = doctor_config(tmp_path, port, f"test_data: {{npz: {{path: {tmp_path}/t.npz}}}}\n")
-    ended = run_command("doctor", "-c", config, "--json")
+    ended = run_coordinator("doctor", "-c", config, "--json")
     assert (ended.code, ended.err) == (0, "")
     checks = checks_of(ended)
     assert {check["level"] for check in checks.values()} <= {"ok", "warning"}
@@ -536,10 +511,10 @@ def test_a_sound_machine_and_run_pass(
 
 
 def test_a_broker_that_does_not_answer_is_a_problem_with_advice(
-    run_command: RunCommand, tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
+    run_coordinator: RunCommand, tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health, "BROKER_TIMEOUT_S", 0.3)
-    ended = run_command("doctor", "-c", doctor_config(tmp_path, free_port))
+    ended = run_coordinator("doctor", "-c", doctor_config(tmp_path, free_port))
     assert ended.code == ExitCode.UNAVAILABLE
     assert f"no broker answers at 127.0.0.1:{free_port}" in " ".join(ended.out.split())
     assert "-> start it" in ended.out
@@ -549,12 +524,12 @@ def test_a_broker_that_does_not_answer_is_a_problem_with_advice(
 
 @pytest.mark.broker
 def test_a_broker_with_a_small_limit_is_a_problem(
-    run_command: RunCommand, tmp_path: Path, free_port: int
+    run_coordinator: RunCommand, tmp_path: Path, free_port: int
 ) -> None:
     conf = f"listener {free_port} 127.0.0.1\nallow_anonymous true\nmax_packet_size 20000\n"
     config = doctor_config(tmp_path, free_port, "global_batch: 4096\n")
     with configured_mosquitto(conf, tmp_path, free_port):
-        ended = run_command("doctor", "-c", config, "--json")
+        ended = run_coordinator("doctor", "-c", config, "--json")
     assert ended.code == ExitCode.CONFIG
     check = checks_of(ended)["message size"]
     assert check["level"] == "PROBLEM"
@@ -562,9 +537,9 @@ def test_a_broker_with_a_small_limit_is_a_problem(
 
 
 def test_settings_that_cannot_be_read_are_one_finding_among_the_others(
-    run_command: RunCommand, tmp_path: Path
+    run_coordinator: RunCommand, tmp_path: Path
 ) -> None:
-    ended = run_command("doctor", "-c", write_config(tmp_path, "epochs: many\n"), "--json")
+    ended = run_coordinator("doctor", "-c", write_config(tmp_path, "epochs: many\n"), "--json")
     assert ended.code == ExitCode.CONFIG
     checks = checks_of(ended)
     assert "$.epochs" in str(checks["settings"]["found"])
@@ -572,7 +547,7 @@ def test_settings_that_cannot_be_read_are_one_finding_among_the_others(
 
 
 def test_every_bad_part_of_a_run_is_found_at_once(
-    run_command: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_port: int
+    run_coordinator: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_port: int
 ) -> None:
     monkeypatch.setattr(health, "BROKER_TIMEOUT_S", 0.3)
     (tmp_path / "state.sqlite").write_text("this is no database, and longer than its header" * 9)
@@ -580,7 +555,7 @@ def test_every_bad_part_of_a_run_is_found_at_once(
         f"out: {tmp_path}\nmqtt: {{port: {free_port}}}\ntest_data: {{npz: {{path: no.npz}}}}\n"
         "network: {name: mlp, cut: nowhere, input_shape: [8], classes: 3}\n"
     )
-    checks = checks_of(run_command("doctor", "-c", write_config(tmp_path, text), "--json"))
+    checks = checks_of(run_coordinator("doctor", "-c", write_config(tmp_path, text), "--json"))
     problems = {name for name, check in checks.items() if check["level"] == "PROBLEM"}
     assert problems == {"test data", "network", "broker", "state store"}
 

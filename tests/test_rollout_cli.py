@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import pytest
 
 from benchmarks.rollout_devices import build_sample_bundle
 from coordinator.cli import rollout_options as options
-from coordinator.cli.app import main
 from coordinator.rollout.bundle_facts import describe_bundle
 from coordinator.rollout.campaign import Campaign
 from coordinator.rollout.records import CampaignPhase, DevicePhase
@@ -34,6 +33,7 @@ from coordinator.rollout.views import (
 )
 from coordinator.tables import build_console
 from tests.campaigns import Trial, build_settings
+from tests.commands import RunCommand
 from wire.errors import ConfigError, PeerProtocolError
 from wire.exit_codes import ExitCode
 
@@ -57,11 +57,9 @@ def bundle(tmp_path: Path) -> Path:
     return path
 
 
-def _run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
-    monkeypatch.setattr(sys, "argv", ["coordinator", "rollout", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return ended.value.code
+@pytest.fixture
+def rollout(run_coordinator: RunCommand) -> RunCommand:
+    return partial(run_coordinator, "rollout")
 
 
 @pytest.mark.parametrize(
@@ -86,41 +84,38 @@ def test_wrong_option_is_named_with_what_was_expected(
     arguments: list[str],
     said: str,
     bundle: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    rollout: RunCommand,
 ) -> None:
-    assert _run(monkeypatch, "start", bundle, "--yes", *arguments) == ExitCode.CONFIG
-    error = capsys.readouterr().err
-    assert said in error
-    assert len(error.splitlines()) == 1
+    ended = rollout("start", bundle, "--yes", *arguments)
+    assert ended.code == ExitCode.CONFIG
+    assert said in ended.err
+    assert len(ended.err.splitlines()) == 1
 
 
-def test_damaged_and_missing_bundles_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_and_missing_bundles_are_named(tmp_path: Path, rollout: RunCommand) -> None:
     cut = tmp_path / "cut.bundle"
     cut.write_bytes(build_sample_bundle(10_000)[:5_000])
-    assert _run(monkeypatch, "plan", cut) == ExitCode.DATA
-    assert str(cut) in capsys.readouterr().err
-    assert _run(monkeypatch, "plan", tmp_path / "none.bundle") == ExitCode.CONFIG
-    assert "none.bundle: expected a readable bundle" in capsys.readouterr().err
+    ended = rollout("plan", cut)
+    assert ended.code == ExitCode.DATA
+    assert str(cut) in ended.err
+    ended = rollout("plan", tmp_path / "none.bundle")
+    assert ended.code == ExitCode.CONFIG
+    assert "none.bundle: expected a readable bundle" in ended.err
 
 
-def test_retry_needs_to_know_whom(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert _run(monkeypatch, "retry", "c-1") == ExitCode.USAGE
-    assert "--failed" in capsys.readouterr().err
+def test_retry_needs_to_know_whom(rollout: RunCommand) -> None:
+    ended = rollout("retry", "c-1")
+    assert ended.code == ExitCode.USAGE
+    assert "--failed" in ended.err
 
 
 def test_no_broker_ends_with_69(
-    free_port: int,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    free_port: int, monkeypatch: pytest.MonkeyPatch, rollout: RunCommand
 ) -> None:
     monkeypatch.setattr("coordinator.rollout.client.CONNECT_S", 0.5)
-    assert _run(monkeypatch, "list", "--port", free_port) == ExitCode.UNAVAILABLE
-    assert "no broker answers" in capsys.readouterr().err
+    ended = rollout("list", "--port", free_port)
+    assert ended.code == ExitCode.UNAVAILABLE
+    assert "no broker answers" in ended.err
 
 
 @pytest.mark.broker
@@ -128,12 +123,12 @@ def test_no_coordinator_ends_with_69(
     shared_mosquitto: Any,
     fleet: str,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    rollout: RunCommand,
 ) -> None:
     monkeypatch.setattr("coordinator.rollout.client.ANSWER_S", 0.5)
-    code = _run(monkeypatch, "list", "--port", shared_mosquitto.port, "--fleet", fleet)
-    assert code == ExitCode.UNAVAILABLE
-    assert "no coordinator answers" in capsys.readouterr().err
+    ended = rollout("list", "--port", shared_mosquitto.port, "--fleet", fleet)
+    assert ended.code == ExitCode.UNAVAILABLE
+    assert "no coordinator answers" in ended.err
 
 
 class TestMessages:

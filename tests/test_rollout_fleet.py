@@ -18,7 +18,6 @@ import pytest
 
 from benchmarks.rollout_devices import SimulatedFleet
 from coordinator.broker import EmbeddedBroker
-from coordinator.cli.app import main
 from coordinator.config import RunSettings
 from coordinator.journal import DeviceRecord
 from coordinator.journal import Journal as RunJournal
@@ -42,6 +41,7 @@ from edge_agent.slots import find_file_in_use, read_journal
 from models.export import export_bundle
 from models.release import Release
 from tests.campaigns import build_settings
+from tests.commands import RunCommand
 from tests.fleet import Fleet, Process, running_fleet, terminate
 from wire.bundle import GOLDEN, Bundle, build_bundle, bundle_digest
 from wire.codec import decode_tensors, encode_tensors, exact
@@ -307,8 +307,7 @@ def test_commands_work_from_another_host_and_end_with_their_codes(
     shared_mosquitto: EmbeddedBroker,
     fleet: str,
     export: Export,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run_coordinator: RunCommand,
 ) -> None:
     """All that a command knows is where the broker is and what the fleet is called."""
     bundle = tmp_path / "net.bundle"
@@ -316,15 +315,9 @@ def test_commands_work_from_another_host_and_end_with_their_codes(
     where = ("--port", shared_mosquitto.port, "--fleet", fleet)
 
     def run(*arguments: object, expected: int = ExitCode.OK) -> str:
-        monkeypatch.setattr(sys, "argv", ["coordinator", "rollout", *map(str, arguments)])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as exc:
-            code = exc.code or 0
-        shown = capsys.readouterr()
-        assert code == expected, shown
-        return shown.out + shown.err
+        ended = run_coordinator("rollout", *arguments)
+        assert ended.code == expected, ended
+        return ended.out + ended.err
 
     simulated = SimulatedFleet(
         SIMULATED[:4], fleet=fleet, port=shared_mosquitto.port, sample_shape=SHAPE

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
 from coordinator.allocation import POLICIES
-from coordinator.cli.app import main
 from coordinator.journal import DeviceRecord, Journal, RunRecord
 from coordinator.simulation.choices import PolicyChoice, parse_choices
 from coordinator.simulation.delay_models import BaseDelay, DeviceDelays, straggler_delays
@@ -23,6 +19,7 @@ from coordinator.simulation.fleet import SimulatedFleet
 from coordinator.simulation.play import play_epoch
 from coordinator.simulation.populations import PopulationSettings, build_label_counts
 from coordinator.store import open_store
+from tests.commands import RunCommand
 from wire.exit_codes import ExitCode
 
 ISSUE_KEYS = {
@@ -37,39 +34,9 @@ ISSUE_KEYS = {
 SMALL = ("--devices", 16, "--samples", 2000, "-B", 32, "--seeds", 1)
 
 
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict[str, Any]:
-        assert self.code == ExitCode.OK, self.err
-        document = json.loads(self.out)
-        assert isinstance(document, dict)
-        return document
-
-
-Simulate = Callable[..., Ended]
-
-
 @pytest.fixture
-def simulate(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Simulate:
-    """Run the command as its entry point does, in this process."""
-
-    def run(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["coordinator", "simulate", *map(str, arguments)])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as exc:
-            code = exc.code or 0
-        shown = capfd.readouterr()
-        assert isinstance(code, int)
-        return Ended(code, shown.out, shown.err)
-
-    return run
+def simulate(run_coordinator: RunCommand) -> RunCommand:
+    return partial(run_coordinator, "simulate")
 
 
 def _file(path: Path, document: object) -> Path:
@@ -80,7 +47,7 @@ def _file(path: Path, document: object) -> Path:
 # What it reports
 
 
-def test_json_has_every_promised_key_for_every_registered_policy(simulate: Simulate) -> None:
+def test_json_has_every_promised_key_for_every_registered_policy(simulate: RunCommand) -> None:
     document = simulate(*SMALL, "--json").document
     assert set(document["policies"]) == {policy.value for policy in POLICIES}
     for facts in document["policies"].values():
@@ -91,7 +58,7 @@ def test_json_has_every_promised_key_for_every_registered_policy(simulate: Simul
     assert len(document["devices"]) == 16
 
 
-def test_published_fleet_reaches_what_was_seen_before(simulate: Simulate) -> None:
+def test_published_fleet_reaches_what_was_seen_before(simulate: RunCommand) -> None:
     """128 devices, two classes each, 10 % stragglers of 10x, B = 128, 50,000 samples."""
     document = simulate("-p", "ugs,lds@1,lds@2", "--seeds", 4, "--json").document
     one, two = document["policies"]["lds@1"], document["policies"]["lds@2"]
@@ -104,7 +71,7 @@ def test_published_fleet_reaches_what_was_seen_before(simulate: Simulate) -> Non
         assert facts["straggler_steps"] < 50
 
 
-def test_file_of_counts_and_delays_is_timed_by_hand(simulate: Simulate, tmp_path: Path) -> None:
+def test_file_of_counts_and_delays_is_timed_by_hand(simulate: RunCommand, tmp_path: Path) -> None:
     counts = _file(tmp_path / "counts.json", [[40, 0], [0, 40]])
     delays = _file(tmp_path / "delays.json", [1.0, [2.0, 0.5]])
     document = simulate(
@@ -128,7 +95,7 @@ def test_file_of_counts_and_delays_is_timed_by_hand(simulate: Simulate, tmp_path
     ],
 )
 def test_every_form_of_delays_says_the_same(
-    simulate: Simulate, tmp_path: Path, written: object
+    simulate: RunCommand, tmp_path: Path, written: object
 ) -> None:
     counts = _file(tmp_path / "counts.json", {"a": [4, 1], "b": [3, 3]})
     delays = _file(tmp_path / "delays.json", written)
@@ -139,7 +106,7 @@ def test_every_form_of_delays_says_the_same(
     assert facts == [("a", 1.0, 0.5), ("b", 2.0, 0.25)]
 
 
-def test_seeds_give_mean_spread_and_each_value(simulate: Simulate) -> None:
+def test_seeds_give_mean_spread_and_each_value(simulate: RunCommand) -> None:
     document = simulate(*SMALL[:-1], "3,5,8", "-p", "lds", "--json").document
     lds = document["policies"]["lds"]
     times_s = [facts["time_s"] for facts in lds["by_seed"]]
@@ -149,14 +116,14 @@ def test_seeds_give_mean_spread_and_each_value(simulate: Simulate) -> None:
     assert len(set(document["time_lower_bounds_s"])) > 1
 
 
-def test_seeds_repeat_and_fleet_seed_keeps_the_fleet(simulate: Simulate) -> None:
+def test_seeds_repeat_and_fleet_seed_keeps_the_fleet(simulate: RunCommand) -> None:
     first = simulate(*SMALL, "--json").out
     assert simulate(*SMALL, "--json").out == first
     kept = simulate(*SMALL[:-1], 3, "--fleet-seed", 7, "-p", "ugs", "--json").document
     assert len(set(kept["time_lower_bounds_s"])) == 1
 
 
-def test_table_shows_policies_bound_and_what_was_simulated(simulate: Simulate) -> None:
+def test_table_shows_policies_bound_and_what_was_simulated(simulate: RunCommand) -> None:
     shown = simulate(*SMALL, "-p", "fls", "-p", "lds@20%")
     assert shown.code == ExitCode.OK
     assert "16 devices, 2,000 samples of 10 classes, 2 classes a device; 2 stragglers" in shown.out
@@ -164,13 +131,13 @@ def test_table_shows_policies_bound_and_what_was_simulated(simulate: Simulate) -
         assert f"\n{name} " in shown.out
 
 
-def test_steps_beyond_the_global_batch_are_pointed_out(simulate: Simulate) -> None:
+def test_steps_beyond_the_global_batch_are_pointed_out(simulate: RunCommand) -> None:
     shown = simulate("--devices", 20, "--samples", 400, "-B", 4, "-p", "fls", "--seeds", 1)
     assert "steps larger than the global batch" in shown.out
     assert "fls (20)" in shown.out
 
 
-def test_csv_has_a_row_per_policy_and_seed(simulate: Simulate, tmp_path: Path) -> None:
+def test_csv_has_a_row_per_policy_and_seed(simulate: RunCommand, tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     simulate(*SMALL[:-1], 2, "-p", "ugs,lds", "--csv", path)
     with path.open() as file:
@@ -185,7 +152,7 @@ def test_csv_has_a_row_per_policy_and_seed(simulate: Simulate, tmp_path: Path) -
     assert float(rows[2]["time_lower_bound_s"]) <= float(rows[2]["time_s"])
 
 
-def test_caps_bound_counts_and_raise_the_lower_bound(simulate: Simulate, tmp_path: Path) -> None:
+def test_caps_bound_counts_and_raise_the_lower_bound(simulate: RunCommand, tmp_path: Path) -> None:
     counts = _file(tmp_path / "counts.json", [[100, 100]] * 4)
     free = ("--label-counts", counts, "--stragglers", 1, "-B", 100, "-p", "lds@6", "--seeds", 1)
     wide = simulate(*free, "--json").document
@@ -222,7 +189,7 @@ RECORDED = [
 
 
 def test_fleet_of_a_run_is_simulated_with_its_names_caps_and_delays(
-    simulate: Simulate, tmp_path: Path
+    simulate: RunCommand, tmp_path: Path
 ) -> None:
     _write_run(tmp_path / "lab", RECORDED)
     run = tmp_path / "lab"
@@ -239,7 +206,7 @@ def test_fleet_of_a_run_is_simulated_with_its_names_caps_and_delays(
 
 
 def test_run_is_found_by_the_url_of_its_store_and_its_name(
-    simulate: Simulate, tmp_path: Path
+    simulate: RunCommand, tmp_path: Path
 ) -> None:
     _write_run(tmp_path, RECORDED, name="monday")
     _write_run(tmp_path, RECORDED[:1], name="tuesday")
@@ -252,7 +219,7 @@ def test_run_is_found_by_the_url_of_its_store_and_its_name(
     assert f"monday, tuesday (say {url}#NAME)" in ended.err
 
 
-def test_summary_of_a_run_is_enough(simulate: Simulate, tmp_path: Path) -> None:
+def test_summary_of_a_run_is_enough(simulate: RunCommand, tmp_path: Path) -> None:
     summary = {
         "run": "r", "network": "mlp", "cut_layer": "b", "policy": "lds", "precision": "fp16",
         "seed": 0, "global_batch": 8, "epochs": 1, "steps": 1, "test_accuracy": None,
@@ -278,7 +245,9 @@ def test_summary_of_a_run_is_enough(simulate: Simulate, tmp_path: Path) -> None:
     assert "summary.json: expected a run's summary" in ended.err
 
 
-def test_run_without_measurements_or_counts_is_refused(simulate: Simulate, tmp_path: Path) -> None:
+def test_run_without_measurements_or_counts_is_refused(
+    simulate: RunCommand, tmp_path: Path
+) -> None:
     _write_run(tmp_path / "a", [_device("gw-c", (40,))])
     ended = simulate("--delays-from", tmp_path / "a")
     assert (ended.code, "none of the 1 devices has one yet" in ended.err) == (78, True)
@@ -328,7 +297,7 @@ def test_run_without_measurements_or_counts_is_refused(simulate: Simulate, tmp_p
     ],
 )
 def test_wrong_option_is_named_with_what_is_possible(
-    simulate: Simulate, arguments: tuple[object, ...], said: str
+    simulate: RunCommand, arguments: tuple[object, ...], said: str
 ) -> None:
     ended = simulate("-p", "ugs", "--seeds", 1, *arguments)
     assert ended.code == ExitCode.CONFIG
@@ -351,7 +320,7 @@ def test_wrong_option_is_named_with_what_is_possible(
     ],
 )
 def test_wrong_label_counts_are_refused_with_the_file(
-    simulate: Simulate, tmp_path: Path, written: object, said: str
+    simulate: RunCommand, tmp_path: Path, written: object, said: str
 ) -> None:
     path = _file(tmp_path / "counts.json", written)
     ended = simulate("--label-counts", path)
@@ -378,7 +347,7 @@ def test_wrong_label_counts_are_refused_with_the_file(
     ],
 )
 def test_wrong_delays_are_refused_with_the_file(
-    simulate: Simulate, tmp_path: Path, written: object, said: str
+    simulate: RunCommand, tmp_path: Path, written: object, said: str
 ) -> None:
     counts = _file(tmp_path / "counts.json", {"a": [1, 2], "b": [3, 4]})
     path = _file(tmp_path / "delays.json", written)
@@ -388,7 +357,7 @@ def test_wrong_delays_are_refused_with_the_file(
     assert said in ended.err
 
 
-def test_options_that_say_the_same_twice_are_refused(simulate: Simulate, tmp_path: Path) -> None:
+def test_options_that_say_the_same_twice_are_refused(simulate: RunCommand, tmp_path: Path) -> None:
     counts = _file(tmp_path / "counts.json", [[1, 2], [3, 4]])
     delays = _file(tmp_path / "delays.json", [1, 2])
     for arguments, said in (
@@ -402,13 +371,15 @@ def test_options_that_say_the_same_twice_are_refused(simulate: Simulate, tmp_pat
         assert (ended.code, said in ended.err) == (ExitCode.CONFIG, True), ended.err
 
 
-def test_caps_of_another_number_of_devices_are_refused(simulate: Simulate, tmp_path: Path) -> None:
+def test_caps_of_another_number_of_devices_are_refused(
+    simulate: RunCommand, tmp_path: Path
+) -> None:
     caps = _file(tmp_path / "caps.json", [1, 2, 3])
     ended = simulate("--devices", 16, "--max-batch", caps)
     assert (ended.code, "expected shape (16,), received (3,)" in ended.err) == (78, True)
 
 
-def test_help_has_an_example(simulate: Simulate) -> None:
+def test_help_has_an_example(simulate: RunCommand) -> None:
     shown = simulate("--help")
     assert "Example: coordinator simulate" in shown.out
 

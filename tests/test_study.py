@@ -11,8 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from coordinator.cli.app import main
 from coordinator.optimisers import OptimiserName, OptimiserSettings
 from coordinator.planning import PolicySettings
 from coordinator.simulation.delay_models import BaseDelay, straggler_delays
@@ -33,38 +31,15 @@ from coordinator.study.settings import TrainingSettings
 from coordinator.study.summary import Group, Interval, interval
 from coordinator.study.training import Trainer
 from edge_agent.datasets import LabelledData
+from tests.commands import RunCommand
 from tests.pairs import CLASSES, SEED, Pair, make_samples
 from wire.exit_codes import ExitCode
 from wire.messages import SampleOrder
 
 
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
-
-
-Study = Callable[..., Ended]
-
-
 @pytest.fixture
-def study(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Study:
-    """Run the command as its entry point does, in this process."""
-
-    def run(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["coordinator", "study", *map(str, arguments)])
-        before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        with pytest.raises(SystemExit) as caught:
-            main()
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
-            signal.signal(number, handler)
-        out, err = capfd.readouterr()
-        code = caught.value.code
-        assert code is None or isinstance(code, int)
-        return Ended(code or 0, out, err)
-
-    return run
+def study(run_coordinator: RunCommand) -> RunCommand:
+    return partial(run_coordinator, "study")
 
 
 @pytest.fixture
@@ -155,7 +130,7 @@ def test_everybody_trains_every_sample_once_an_epoch_with_ugs_and_by_class() -> 
 
 
 def test_study_writes_a_table_of_all_cells_and_a_page_that_needs_nothing_else(
-    study: Study, small: list[object], tmp_path: Path
+    study: RunCommand, small: list[object], tmp_path: Path
 ) -> None:
     out = tmp_path / "study"
     ended = study(*small, "--out", out)
@@ -198,7 +173,7 @@ def _assert_sound(document: dict[str, Any]) -> None:
 
 
 def test_second_start_goes_on_with_what_is_missing_and_ends_with_the_same_numbers(
-    study: Study, small: list[object], tmp_path: Path
+    study: RunCommand, small: list[object], tmp_path: Path
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert study(*small, "--out", whole).code == ExitCode.OK
@@ -222,7 +197,7 @@ def _numbers(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_study_that_is_killed_keeps_its_finished_cells(
-    study: Study, small: list[object], tmp_path: Path
+    study: RunCommand, small: list[object], tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
     options = [*map(str, small), "--jobs", "2", "--out", str(out)]
@@ -263,7 +238,7 @@ def test_interrupted_study_writes_down_what_it_has_and_says_how_to_go_on(
     assert json.loads((out / "results.json").read_bytes())["complete"] is False
 
 
-def test_json_goes_to_stdout_alone(study: Study, small: list[object], tmp_path: Path) -> None:
+def test_json_goes_to_stdout_alone(study: RunCommand, small: list[object], tmp_path: Path) -> None:
     ended = study(
         *small, "--policies", "ugs", "--seeds", "3", "--out", tmp_path / "study", "--json"
     )
@@ -338,7 +313,7 @@ def _group(accuracy: float, half_width: float | None) -> Group:
     ],
 )
 def test_wrong_options_are_refused_by_name_before_anything_is_trained(
-    study: Study, small: list[object], tmp_path: Path, options: list[str], expected: str
+    study: RunCommand, small: list[object], tmp_path: Path, options: list[str], expected: str
 ) -> None:
     out = tmp_path / "study"
     ended = study(*small, *options, "--out", out)
@@ -348,7 +323,7 @@ def test_wrong_options_are_refused_by_name_before_anything_is_trained(
     assert not any(out.rglob("*.json"))
 
 
-def test_data_without_its_test_samples_is_refused(study: Study, tmp_path: Path) -> None:
+def test_data_without_its_test_samples_is_refused(study: RunCommand, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.zeros((4, 2), np.float32), y=np.arange(4))
     ended = study("--data", tmp_path / "x.npz", "--out", tmp_path / "out")
     assert ended.code == ExitCode.CONFIG
@@ -356,7 +331,7 @@ def test_data_without_its_test_samples_is_refused(study: Study, tmp_path: Path) 
 
 
 def test_folder_that_cannot_be_written_is_named(
-    study: Study, small: list[object], tmp_path: Path
+    study: RunCommand, small: list[object], tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
     ended = study(*small, "--out", tmp_path / "file")
