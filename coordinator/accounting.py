@@ -147,6 +147,10 @@ class EpochAccount:
         rest = {name: a.samples - a.trained for name, a in sorted(self.devices.items())}
         return {name: count for name, count in rest.items() if count}
 
+    def finished(self) -> dict[str, int]:
+        """Samples by device, of those that have been trained on all of theirs."""
+        return {name: a.samples for name, a in self.devices.items() if a.trained == a.samples}
+
     @property
     def samples(self) -> int:
         return sum(account.samples for account in self.devices.values())

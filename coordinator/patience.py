@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from statistics import median
 
 from coordinator.planning import PlannedSlot
@@ -109,6 +110,10 @@ class Attendance:
         if self._useless[device] >= self._settings.max_misses:
             self.excluded.add(device)
         return device in self.excluded
+
+    def excludes_all(self, devices: AbstractSet[str]) -> bool:
+        """Whether each of these devices is excluded: the weights are at fault rather than they."""
+        return bool(devices) and devices <= self.excluded
 
     def useful(self, device: str) -> None:
         """The device's contribution was trained on."""

@@ -290,7 +290,7 @@ class TrainingRun:
             self._reporter.note(f"{name}: its activations of step {step} make the loss infinite")
         # Without a single culprit all of them are to blame.
         actions = self.rounds.refuse_contributions(bad or slots, time.monotonic())
-        if self.rounds.is_everybody_excluded:
+        if self.rounds.attendance.excludes_all(self.rounds.members):
             raise TrainingError(
                 f"step {step}: the loss is not finite for any device; the run has diverged "
                 "(a smaller optimiser.lr may help)"

@@ -13,13 +13,16 @@ from coordinator.broker import EmbeddedBroker
 from edge_agent.datasets.samples import digits_train
 from tests.brokers import HOST, Client
 from tests.fleet import Fleet, assert_trained_exactly_once, running_fleet
-from wire.codec import encode_tensors, exact
+from wire.codec import decode_tensors, encode_tensors, exact
 from wire.messages import (
     ActivationsHeader,
     Allocation,
     CutGradientHeader,
     GradientsHeader,
+    Slot,
+    WeightsHeader,
     build_metadata,
+    parse_header,
 )
 
 pytestmark = [pytest.mark.broker, pytest.mark.processes]
@@ -35,6 +38,7 @@ class Attacker:
         self._client = client
         self._root = f"splitfleet/v1/{fleet}"
         self.allocation: Allocation | None = None
+        self.go: WeightsHeader | None = None
 
     def up(self, level: str, payload: bytes | bytearray, device: str = "d0") -> None:
         self._client.publish(f"{self._root}/dev/{device}/up/{level}", bytes(payload))
@@ -45,12 +49,42 @@ class Attacker:
     def listen(self, fleet: Fleet) -> None:
         """Wait for an allocation of d0 with slots in front of us."""
         self._client.subscribe(f"{self._root}/dev/d0/down/allocation")
+        self._client.subscribe(f"{self._root}/fleet/weights")
         fleet.wait_until(self._has_allocation, "an allocation")
 
     def _has_allocation(self) -> bool:
-        for message in self._client.received():
-            self.allocation = msgspec.json.decode(message.payload, type=Allocation)
+        self._read()
         return self.allocation is not None and bool(self.allocation.slots)
+
+    def next_go(self, fleet: Fleet) -> dict[str, int]:
+        """Wait for the go of a step that d0 has a slot in: the header fields of its answer."""
+        fleet.wait_until(self._has_go, "a step of d0")
+        assert self.go is not None
+        slot, go, self.go = self._slot_of(self.go.step), self.go, None
+        assert slot is not None
+        return {
+            "epoch": go.epoch,
+            "step": go.step,
+            "offset": slot.offset,
+            "count": slot.count,
+            "weights_version": go.version,
+        }
+
+    def _has_go(self) -> bool:
+        self._read()
+        return self.go is not None and self._slot_of(self.go.step) is not None
+
+    def _slot_of(self, step: int) -> Slot | None:
+        assert self.allocation is not None
+        return next((slot for slot in self.allocation.slots if slot.step == step), None)
+
+    def _read(self) -> None:
+        for message in self._client.received():
+            if message.topic.endswith("/allocation"):
+                self.allocation = msgspec.json.decode(message.payload, type=Allocation)
+            else:
+                metadata = decode_tensors(message.payload).metadata
+                self.go = parse_header(metadata, WeightsHeader)
 
     def activations(self, tensors: dict[str, Any] | None = None, **changed: Any) -> bytearray:
         allocation = self.allocation
@@ -106,6 +140,7 @@ def test_run_survives_every_wrong_message_with_nothing_lost(
         attacker.listen(processes)
         processes.wait_for_steps(1)
         _throw_at_coordinator(attacker)
+        _throw_at_open_steps(attacker, processes)
         _throw_at_device(attacker)
         assert coordinator.wait() == 0, processes.last_words()
         assert_trained_exactly_once(processes.steps(), SAMPLES, epochs=EPOCHS)
@@ -159,7 +194,10 @@ def _throw_at_coordinator(attacker: Attacker) -> None:
         weights_version=0,
     )
     attacker.up("gradients", encode_tensors({}, build_metadata(gradients)))
-    # Range and tensors are looked at for the step that is open, so follow it for a while.
+
+
+def _throw_at_open_steps(attacker: Attacker, fleet: Fleet, steps: int = 3) -> None:
+    """Range and tensors are looked at for the step that is open: be there before d0 answers."""
     wrong: list[dict[str, Any]] = [
         {"activations": np.zeros((5, 3), np.float32), "labels": np.zeros(5, np.int64)},
         {"activations": np.zeros((5, 256), np.float64), "labels": np.zeros(5, np.int64)},
@@ -167,15 +205,11 @@ def _throw_at_coordinator(attacker: Attacker) -> None:
         {"activations": np.full((5, 256), np.nan, np.float32), "labels": np.zeros(5, np.int64)},
         {"labels": np.zeros(5, np.int64)},
     ]
-    assert attacker.allocation is not None
-    for slot in attacker.allocation.slots:
-        for version in range(8):
-            place = {"step": slot.step, "offset": slot.offset, "count": slot.count}
-            for tensors in wrong:
-                payload = attacker.activations(tensors, weights_version=version, **place)
-                attacker.up("activations", payload)
-            off = attacker.activations(weights_version=version, **(place | {"offset": 29}))
-            attacker.up("activations", off)
+    for _ in range(steps):
+        place = attacker.next_go(fleet)
+        for tensors in wrong:
+            attacker.up("activations", attacker.activations(tensors, **place))
+        attacker.up("activations", attacker.activations(**(place | {"offset": 29})))
 
 
 def _throw_at_device(attacker: Attacker) -> None:
