@@ -422,7 +422,6 @@ class TrainingRun:
 
     def checkpoint(self) -> tuple[dict[str, object], dict[str, object]]:
         """(tensors, document) of the state between two steps."""
-        self.log.flush()
         running_s = 0.0
         if self._training_since_s is not None:
             running_s = time.monotonic() - self._training_since_s

@@ -297,8 +297,6 @@ class CoordinatorService(FleetService):
         """Status for other processes; a store that fails now must not stop the training."""
         try:
             self._journal.write_state(*self._records(online=online))
-            if self._run is not None:
-                self._run.log.flush()
         except TransportError as exc:
             logger.warning("status not written: %s", exc)
 

@@ -11,17 +11,24 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.bound_process import start_bound_process
+from coordinator.config import RunSettings
 from coordinator.recorder import StepRecord, read_steps
 from tests.brokers import WAIT_S
 
+if TYPE_CHECKING:
+    from tests.local_coordinator import LocalCoordinator
+
 RUN_TIMEOUT_S = 120.0
+
+ONNX = {"forward": "onnxruntime", "backward": "onnxruntime"}
+"""Agents that are up in a fraction of a second, and small: they never import torch."""
 
 
 @dataclass
@@ -80,7 +87,7 @@ class Fleet:
     directory: Path
     port: int
     name: str
-    processes: list[Process] = field(default_factory=list)
+    processes: list[Process | LocalCoordinator] = field(default_factory=list)
 
     def write_data(self, name: str, x: NDArray[Any], y: NDArray[Any]) -> str:
         path = self.directory / f"{name}.npz"
@@ -96,12 +103,13 @@ class Fleet:
         environment: dict[str, str] | None = None,
         **settings: Any,
     ) -> Process:
-        """An ``edge-agent run`` process; ``data`` is its data block."""
+        """An ``edge-agent run`` process, on ONNX Runtime by default; ``data`` is its data block."""
         document: dict[str, Any] = {
             "device": device,
             "fleet": self.name,
             "mqtt": {"port": self.port, "reconnect_min_s": 0.2, "reconnect_max_s": 0.5},
             "data": data,
+            "compute": ONNX,
             "state_dir": str(self.directory / f"state-{device}"),
             "telemetry_every_s": 0.5,
             **settings,
@@ -117,7 +125,30 @@ class Fleet:
         self, *arguments: str, start: bool = True, run: str = "test", **settings: Any
     ) -> Process:
         """A ``coordinator train`` process; its files are in ``directory/run``."""
-        document: dict[str, Any] = {
+        path = self.run_file(run=run, **settings)
+        command = [sys.executable, "-m", "coordinator", "train", "-c", str(path), *arguments]
+        return self._add(Process("coordinator", command, self.directory / "coordinator.log"), start)
+
+    def local_coordinator(self, *, run: str = "test", **settings: Any) -> LocalCoordinator:
+        """The same in a thread of this process, which saves seconds; started."""
+        from tests.local_coordinator import LocalCoordinator
+
+        document = self._run_settings(run, settings)
+        one = LocalCoordinator(
+            msgspec.convert(document, RunSettings), self.directory / "coordinator.log"
+        )
+        self.processes.append(one)
+        one.start()
+        return one
+
+    def run_file(self, *, run: str = "test", **settings: Any) -> Path:
+        """The settings of a run, for ``coordinator train -c``."""
+        path = self.directory / "coordinator.yaml"
+        path.write_bytes(msgspec.yaml.encode(self._run_settings(run, settings)))
+        return path
+
+    def _run_settings(self, run: str, settings: dict[str, Any]) -> dict[str, Any]:
+        return {
             "run": run,
             "fleet": self.name,
             "out": str(self.out),
@@ -125,10 +156,6 @@ class Fleet:
             "threads": 1,
             **settings,
         }
-        path = self.directory / "coordinator.yaml"
-        path.write_bytes(msgspec.yaml.encode(document))
-        command = [sys.executable, "-m", "coordinator", "train", "-c", str(path), *arguments]
-        return self._add(Process("coordinator", command, self.directory / "coordinator.log"), start)
 
     @property
     def out(self) -> Path:
@@ -193,5 +220,5 @@ def assert_trained_exactly_once(
             assert (seen == 1).all(), f"epoch {epoch}, {device}: {np.bincount(seen)}"
 
 
-def terminate(process: Process) -> None:
+def terminate(process: Process | LocalCoordinator) -> None:
     process.signal(signal.SIGTERM)

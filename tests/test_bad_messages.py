@@ -116,7 +116,7 @@ def _start(fleet: Fleet) -> Any:
         path = fleet.write_data(device, x[part], y[part])
         # Slow answers leave the attacker time to meet steps that are open.
         fleet.agent(device, {"npz": {"path": path}, "classes": 10}, trial_delay={"fixed_s": 0.4})
-    return fleet.coordinator(
+    return fleet.local_coordinator(
         network={"name": "mlp", "input_shape": [1, 8, 8], "classes": 10},
         epochs=EPOCHS,
         global_batch=10,

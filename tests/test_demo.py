@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.commands import RunCommand
 from tests.fleet import assert_trained_exactly_once, read_steps
 
 pytestmark = [pytest.mark.broker, pytest.mark.processes]
@@ -161,12 +162,12 @@ def test_killed_demo_takes_its_agents_and_its_broker_along(tmp_path: Path) -> No
     ],
 )
 def test_wrong_options_are_named(
-    tmp_path: Path, options: list[str], code: int, words: list[str]
+    run_coordinator: RunCommand, tmp_path: Path, options: list[str], code: int, words: list[str]
 ) -> None:
-    default = [] if "--out" in options else ["--out", str(tmp_path / "out")]
-    done = _demo(*default, *options)
-    assert done.returncode == code, done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
+    default = [] if "--out" in options else ["--out", tmp_path / "out"]
+    ended = run_coordinator("demo", *default, *options)
+    assert ended.code == code, ended
+    assert "Traceback" not in ended.err
     for word in words:
-        assert word in done.stderr + done.stdout
+        assert word in ended.err + ended.out
     assert not _agents_below(tmp_path)

@@ -23,6 +23,7 @@ from tests.fleet import Fleet, Process, assert_trained_exactly_once, running_fle
 SOURCE = Path(__file__).with_name("foreign_device.py")
 OURS = {"wire", "edge_agent", "coordinator", "models", "tests"}
 FOREIGN = "other-01"
+OURS_RUN_ON = {"d0": "torch", "d1": "onnxruntime"}
 SAMPLES = {"d0": 250, "d1": 350, FOREIGN: 400}
 EPOCHS = 4
 SEED = 3
@@ -69,9 +70,10 @@ def _train(fleet: Fleet, precision: str, policy: str) -> dict[str, Any]:
         if device == FOREIGN:
             foreign = _start_foreign(fleet, path)
         else:
-            fleet.agent(device, {"npz": {"path": path}, "classes": 10})
+            compute = {"backward": OURS_RUN_ON[device]}
+            fleet.agent(device, {"npz": {"path": path}, "classes": 10}, compute=compute)
     x_test, y_test = digits_test()
-    coordinator = fleet.coordinator(
+    coordinator = fleet.local_coordinator(
         network={"name": "mlp", "cut": "block1", "arguments": {"hidden": [64]}},
         test_data={"npz": {"path": fleet.write_data("test", x_test, y_test)}, "classes": 10},
         epochs=EPOCHS,

@@ -11,6 +11,7 @@ import pytest
 from coordinator.broker import EmbeddedBroker
 from edge_agent.datasets.samples import digits_train
 from tests.fleet import Fleet, Process, assert_trained_exactly_once, running_fleet, terminate
+from tests.local_coordinator import LocalCoordinator
 
 pytestmark = [pytest.mark.broker, pytest.mark.processes]
 
@@ -25,8 +26,8 @@ def _agent(fleet: Fleet, device: str, **settings: Any) -> Process:
     return fleet.agent(device, {"npz": {"path": path}, "classes": 10}, **settings)
 
 
-def _coordinator(fleet: Fleet, **settings: Any) -> Process:
-    return fleet.coordinator(
+def _coordinator(fleet: Fleet, **settings: Any) -> LocalCoordinator:
+    return fleet.local_coordinator(
         **{
             "network": NETWORK,
             "epochs": 4,

@@ -55,7 +55,6 @@ KEY = generate_key()
 REAL = ("gw-r1", "gw-r2", "gw-r3")
 SIMULATED = tuple(f"gw-s{number:02}" for number in range(27))
 SHAPE = (5,)
-ONNX = {"forward": "onnxruntime", "backward": "onnxruntime"}
 Export = Callable[..., bytes]
 
 
@@ -361,10 +360,10 @@ def test_run_keeps_its_devices_unless_the_operator_takes_one(
         for name in REAL[:2]:
             path = processes.write_data(name, rng.normal(size=(60, 5)), np.arange(60) % 3)
             data = {"npz": {"path": path}}
-            processes.agent(name, data, bundle_keys=[KEY.public.text], compute=ONNX)
+            processes.agent(name, data, bundle_keys=[KEY.public.text])
         key = tmp_path / "run.key"
         write_key_pair(KEY, key, tmp_path / "run.pub")
-        coordinator = processes.coordinator(
+        coordinator = processes.local_coordinator(
             network={"name": "mlp", "cut": "block1", "input_shape": [5], "classes": 3},
             fleet_out=str(tmp_path / "fleet"),
             bundle_key=str(key),
