@@ -8,9 +8,13 @@ between runs (``coordinator serve``); ``CoordinatorService`` adds a run.
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import threading
 import time
+import uuid
 
+from coordinator.claim import FleetClaim
 from coordinator.config import RunSettings
 from coordinator.offers import BundleOffers
 from coordinator.registry import Device, Registry
@@ -23,12 +27,14 @@ from wire.inbox import Connected, Disconnected, Event, Inbox, Received
 from wire.messages import (
     SCHEMA,
     Birth,
+    Claim,
     DeviceState,
     RolloutStatus,
     Telemetry,
     decode_message,
+    encode_message,
 )
-from wire.mqtt import MqttConnection, PayloadTooLargeError
+from wire.mqtt import BuildWill, MqttConnection, PayloadTooLargeError
 from wire.notify import notify_ready, notify_status, notify_stopping, notify_watchdog
 from wire.notify import watchdog_interval_s as read_watchdog_interval_s
 from wire.topics import Channel, Direction, build_client_id, coordinator_subscriptions, parse_topic
@@ -69,7 +75,18 @@ class FleetService:
             run_members=self._run_members,
         )
         self._operators = OperatorDesk(self._rollouts, self._publish)
-        self._connection = self._build_connection()
+        self._connection = MqttConnection(
+            settings.mqtt,
+            client_id=build_client_id(settings.fleet),
+            fleet=settings.fleet,
+            subscriptions=coordinator_subscriptions(settings.fleet),
+            inbox=self._inbox,
+            next_boot=self._next_boot,
+            build_will=self._last_will(),
+            yields=True,
+        )
+        where = f"{socket.gethostname()}, process {os.getpid()}"
+        self._claim = FleetClaim(uuid.uuid4().hex, where, time.time())
 
     def stop(self) -> None:
         """Ask the service to end; safe in a signal handler."""
@@ -80,19 +97,34 @@ class FleetService:
         """Serve until stopped, or until there is nothing more to do."""
         self._connection.start()
         notify_ready(f"{self._title}: waiting for devices")
-        code = ExitCode.OK
         try:
-            while not self._stop.is_set():
-                if not self._connection.is_thread_alive:
-                    logger.error("the network thread has ended")
-                    code = ExitCode.SOFTWARE
-                    break
-                if self._is_done:
-                    break
+            while (code := self._exit_code()) is None:
                 self._turn()
         finally:
             self._end()
         return code
+
+    def _exit_code(self) -> ExitCode | None:
+        """What to end with, once there is a reason to."""
+        if self._is_taken_over:
+            winner = self._claim.winner
+            logger.error(
+                "%s: another coordinator has taken over%s: a fleet has one at a time. This one "
+                "ends and writes nothing more down",
+                self._title,
+                f" ({winner.where})" if winner else "",
+            )
+            return ExitCode.TAKEN_OVER
+        if self._stop.is_set():
+            return ExitCode.OK
+        if not self._connection.is_thread_alive:
+            logger.error("the network thread has ended")
+            return ExitCode.SOFTWARE
+        return ExitCode.OK if self._is_done else None
+
+    @property
+    def _is_taken_over(self) -> bool:
+        return self._connection.is_taken_over or self._claim.winner is not None
 
     # What a run adds
 
@@ -109,17 +141,9 @@ class FleetService:
         """Number of this start, for the last will."""
         return 0
 
-    def _build_connection(self) -> MqttConnection:
-        settings = self._settings
-        return MqttConnection(
-            settings.mqtt,
-            client_id=build_client_id(settings.fleet),
-            fleet=settings.fleet,
-            subscriptions=coordinator_subscriptions(settings.fleet),
-            inbox=self._inbox,
-            next_boot=self._next_boot,
-            build_will=None,
-        )
+    def _last_will(self) -> BuildWill | None:
+        """What builds the last will of a start, if there is one."""
+        return None
 
     def _run_members(self) -> tuple[str, frozenset[str]]:
         """Bundle and devices of the run that is on."""
@@ -167,7 +191,12 @@ class FleetService:
 
     def _connected(self) -> None:
         notify_status(f"{self._title}: connected to {self._broker}")
+        if self._claim.is_due:
+            self._say_claim()
         self._rollouts.connected()
+
+    def _say_claim(self) -> None:
+        self._publish(Channel.CLAIM, encode_message(self._claim.own))
 
     def _disconnected(self, reason: str) -> None:
         notify_status(f"{self._title}: offline ({reason})")
@@ -177,10 +206,13 @@ class FleetService:
         try:
             address = parse_topic(message.topic)
             name = address.device
-            if name is None:
-                raise PeerProtocolError(Refusal.UNKNOWN_TOPIC, message.topic)
             self._check(message)
-            if address.channel.direction is Direction.OPERATOR:
+            if address.channel is Channel.CLAIM:
+                if self._claim.seen(decode_message(message.payload, Claim)):
+                    self._say_claim()
+            elif name is None:
+                raise PeerProtocolError(Refusal.UNKNOWN_TOPIC, message.topic)
+            elif address.channel.direction is Direction.OPERATOR:
                 self._receive_from_operator(address.channel, name, message)
             else:
                 self._dispatch(address.channel, name, message)
@@ -259,7 +291,8 @@ class FleetService:
 
     def _end(self) -> None:
         notify_stopping(f"{self._title}: leaving")
-        self._rollouts.close()
+        # Another coordinator has read what is written down, and goes on from there.
+        self._rollouts.close(write=not self._is_taken_over)
         self._connection.stop()
 
     def _publish(

@@ -26,9 +26,9 @@ from edge_agent.datasets import LabelledData, load_data
 from wire.errors import ConfigError, ModelError, PeerProtocolError, Refusal, TransportError
 from wire.inbox import Received
 from wire.messages import FleetState, RolloutStatus, encode_message
-from wire.mqtt import MqttConnection
+from wire.mqtt import BuildWill
 from wire.notify import notify_status, notify_stopping
-from wire.topics import Channel, build_client_id, build_topic, coordinator_subscriptions
+from wire.topics import Channel, build_topic
 
 logger = logging.getLogger(__name__)
 
@@ -112,20 +112,11 @@ class CoordinatorService(FleetService):
             )
         return journal, (record.attempt + 1 if record else 1), checkpoint
 
-    def _build_connection(self) -> MqttConnection:
-        settings = self._settings
-        return MqttConnection(
-            settings.mqtt,
-            client_id=build_client_id(settings.fleet),
-            fleet=settings.fleet,
-            subscriptions=coordinator_subscriptions(settings.fleet),
-            inbox=self._inbox,
-            next_boot=self._next_boot,
-            build_will=self._build_will,
-        )
-
     def _next_boot(self) -> int:
         return self._attempt
+
+    def _last_will(self) -> BuildWill:
+        return self._build_will
 
     def _build_will(self, _boot: int) -> tuple[str, bytes]:
         topic = build_topic(self._settings.fleet, Channel.FLEET_STATE)
@@ -319,6 +310,13 @@ class CoordinatorService(FleetService):
 
     def _end(self) -> None:
         """Write the run down, say goodbye, sum up."""
+        if self._is_taken_over:
+            # Perhaps by one that goes on with this run: all is left as kill -9 would leave it.
+            if self._run is not None:
+                self._run.log.close()
+            super()._end()
+            self._journal.close()
+            return
         notify_stopping(f"{self._settings.run}: writing the run down")
         run = self._run
         if run is not None:

@@ -11,8 +11,9 @@ from coordinator.store import open_store
 from wire.credentials import read_secret, secret_path
 from wire.errors import ConfigError
 from wire.inbox import Inbox
-from wire.mqtt import MqttConnection, MqttSettings, TlsSettings
+from wire.mqtt import MqttConnection, MqttSettings
 from wire.settings import parse_settings
+from wire.tls import TlsSettings
 
 
 @pytest.fixture

@@ -152,6 +152,8 @@ def test_topics_are_those_of_the_code() -> None:
             topic = f"dev/{{id}}/up/{channel.level}"
         elif channel.direction is Direction.OPERATOR:
             topic = f"op/{{name}}/{channel.level}"
+        elif channel.direction is Direction.COORDINATOR:
+            topic = f"coordinator/{channel.level}"
         else:
             key = "/{key}" if channel is Channel.SHARED_BUNDLE else ""
             topic = f"fleet/{channel.level}{key}"

@@ -59,7 +59,8 @@ GOLDEN_TENSORS = (
 class TestTopics:
     @pytest.mark.parametrize("channel", list(Channel))
     def test_every_topic_parses_back(self, channel: Channel) -> None:
-        device = None if channel.direction is Direction.FLEET else "pi-7"
+        is_common = channel.direction in {Direction.FLEET, Direction.COORDINATOR}
+        device = None if is_common else "pi-7"
         bundle = "0123456789abcdef" if channel is Channel.SHARED_BUNDLE else None
         topic = build_topic("lab", channel, device, bundle=bundle)
         assert parse_topic(topic) == Address("lab", channel, device, bundle)

@@ -17,5 +17,6 @@ class ExitCode(IntEnum):
     DATA = 65  # EX_DATAERR: a model, bundle or checkpoint that cannot be used, diverged weights
     UNAVAILABLE = 69  # EX_UNAVAILABLE: the broker or the state store cannot be reached
     SOFTWARE = 70  # EX_SOFTWARE: a fault of ours
+    TAKEN_OVER = 76  # EX_PROTOCOL: another coordinator of the fleet has taken its place
     CONFIG = 78  # EX_CONFIG: bad configuration or data; a restart will not help
     INTERRUPTED = 130  # SIGINT, the second time

@@ -143,6 +143,17 @@ class FleetState(Message, frozen=True, kw_only=True):
     boot: NonNegative = 0
 
 
+class Claim(Message, frozen=True, kw_only=True):
+    """Which process coordinates the fleet; retained. The highest ``number`` counts.
+
+    ``where`` is for people.
+    """
+
+    instance: Text
+    number: NonNegative
+    where: Text = ""
+
+
 class RolloutMessage(Message, frozen=True, kw_only=True, tag_field="kind"):
     """Base of what the coordinator says on ``down/rollout``; ``kind`` tells them apart."""
 

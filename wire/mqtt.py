@@ -12,7 +12,6 @@ import logging
 import math
 import random
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -25,35 +24,25 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from wire.credentials import read_secret, secret_path
-from wire.errors import ConfigError, SplitfleetError, TransportError
+from wire.credentials import read_secret
+from wire.errors import SplitfleetError, TransportError
 from wire.inbox import Connected, Disconnected, Inbox, Received
 from wire.messages import SCHEMA
+from wire.quick_losses import QuickLosses
 from wire.settings import Settings
+from wire.tls import TlsSettings, build_tls_context
 from wire.topics import Channel, Payload, build_topic
 
 logger = logging.getLogger(__name__)
+
+BuildWill = Callable[[int], tuple[str, bytes]]  # topic and payload for a connection's number
 
 SOCKET_BUFFER_BYTES = 1 << 20  # a whole activation message fits: paho re-slices what does not
 MAX_INFLIGHT = 20  # unacknowledged QoS 1 messages: Mosquitto's default Receive Maximum
 MAX_QUEUED = 5_000  # paho's own queue is unlimited by default
 PACKET_OVERHEAD_BYTES = 1_024  # topic and properties of a PUBLISH
 STOP_TIMEOUT_S = 5.0
-
-
-class TlsSettings(Settings, frozen=True, kw_only=True):
-    """TLS to the broker; ``cert`` and ``key`` identify us where the broker demands it.
-
-    Each is a path or ``credential:NAME``.
-    """
-
-    ca: str
-    cert: str | None = None
-    key: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.key is not None and self.cert is None:
-            raise ValueError("expected cert beside key")
+TAKEN_OVER = 0x8E  # MQTT 5: another connection came with our client id
 
 
 class MqttSettings(Settings, frozen=True, kw_only=True):
@@ -90,6 +79,10 @@ class MqttConnection:
 
     ``next_boot`` gives the number of each connection attempt and ``build_will`` the last will
     for that number, so that a will that arrives late can be told from a current one.
+
+    Two clients with one id push each other off the broker for ever. One that ``yields`` ends when
+    another takes its place (``is_taken_over``); one that does not comes back, and seldom. Not every
+    broker gives MQTT 5's reason; where none does, losses in quick succession raise the suspicion.
     """
 
     def __init__(
@@ -101,7 +94,8 @@ class MqttConnection:
         subscriptions: list[str],
         inbox: Inbox,
         next_boot: Callable[[], int],
-        build_will: Callable[[int], tuple[str, bytes]] | None,
+        build_will: BuildWill | None,
+        yields: bool = False,
     ) -> None:
         self._settings = settings
         self._fleet = fleet
@@ -109,6 +103,10 @@ class MqttConnection:
         self._inbox = inbox
         self._next_boot = next_boot
         self._build_will = build_will
+        self._yields = yields
+        self._client_id = client_id
+        self._quick_losses = QuickLosses()
+        self.is_taken_over = False  # for good: the network thread ends
         self._boot = 0
         self._connected = threading.Event()
         self._max_packet_bytes: int | None = None
@@ -117,7 +115,7 @@ class MqttConnection:
         self._is_stopping = False
         self.bytes_sent = 0
         self.bytes_received = 0
-        self._client = self._build_client(client_id)
+        self._client = self._build_client()
 
     @property
     def is_connected(self) -> bool:
@@ -205,8 +203,10 @@ class MqttConnection:
     def _has_unsent(self) -> bool:
         return bool(self._client._out_packet or self._client._out_messages)
 
-    def _build_client(self, client_id: str) -> paho.Client:
-        client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5)
+    def _build_client(self) -> paho.Client:
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2, client_id=self._client_id, protocol=paho.MQTTv5
+        )
         client.suppress_exceptions = True  # an exception in a callback would end the thread
         paho_logger = logger.getChild("paho")
         paho_logger.setLevel(logging.WARNING)
@@ -222,7 +222,7 @@ class MqttConnection:
         if self._settings.username is not None:
             client.username_pw_set(self._settings.username, self._read_password())
         if self._settings.tls is not None:
-            client.tls_set_context(_build_tls_context(self._settings.tls))
+            client.tls_set_context(build_tls_context(self._settings.tls))
         client.on_pre_connect = self._on_pre_connect
         client.on_connect = self._on_connect
         client.on_connect_fail = self._on_connect_fail
@@ -274,7 +274,7 @@ class MqttConnection:
     ) -> None:
         if reason.is_failure:
             # Refused credentials do not get better by asking often.
-            client.reconnect_delay_set(self._reconnect[1], self._reconnect[1])  # type: ignore[arg-type]
+            self._come_back_late(client)
             self._report_failure(f"the broker refused the connection: {reason}")
             return
         client.reconnect_delay_set(*self._reconnect)  # type: ignore[arg-type]
@@ -283,6 +283,7 @@ class MqttConnection:
         if self._subscriptions:
             client.subscribe([(topic, options) for topic in self._subscriptions])
         self._failures = 0
+        self._quick_losses.accepted(time.monotonic())
         self._connected.set()
         self._inbox.put(Connected(boot=self._boot, max_packet_bytes=self._max_packet_bytes))
 
@@ -292,27 +293,45 @@ class MqttConnection:
 
     def _on_disconnect(
         self,
-        _client: paho.Client,
+        client: paho.Client,
         _userdata: Any,
         _flags: Any,
         reason: ReasonCode,
         _properties: Properties | None,
     ) -> None:
         # Can come twice for one loss, and also for a connection that was never accepted.
-        if self._is_stopping:
+        if self._is_stopping or self.is_taken_over:
             return
         was_connected = self._connected.is_set()
         self._connected.clear()
-        self._report_failure(
-            f"connection to the broker ended: {reason}"
-            if was_connected
-            else "the broker ended the connection before it accepted it"
-        )
+        if reason.value == TAKEN_OVER:
+            self._give_way(client)
+        elif not was_connected:
+            self._report_failure("the broker ended the connection before it accepted it")
+        elif self._quick_losses.lost(time.monotonic()):
+            self._report_failure(
+                "connections to the broker end soon after they began: does another client have "
+                f"our id, {self._client_id!r}?"
+            )
+        else:
+            self._report_failure(f"connection to the broker ended: {reason}")
+
+    def _give_way(self, client: paho.Client) -> None:
+        """Another client has come with our id: leave the place to it, or come back seldom."""
+        if self._yields:
+            self.is_taken_over = True
+            client.disconnect()  # without a connection: ends paho's loop
+        else:
+            self._come_back_late(client)
+        self._report_failure(f"another client has taken our place with our id, {self._client_id!r}")
+
+    def _come_back_late(self, client: paho.Client) -> None:
+        client.reconnect_delay_set(self._reconnect[1], self._reconnect[1])  # type: ignore[arg-type]
 
     def _report_failure(self, reason: str) -> None:
         self._failures += 1
         level = logging.WARNING if self._failures == 1 else logging.DEBUG
-        logger.log(level, "%s; trying again", reason)
+        logger.log(level, "%s; %s", reason, "ends" if self.is_taken_over else "trying again")
         self._inbox.put(Disconnected(reason=reason))
 
     def _on_message(self, _client: paho.Client, _userdata: Any, message: Any) -> None:
@@ -360,22 +379,6 @@ def _on_socket_open(_client: paho.Client, _userdata: Any, sock: Any) -> None:
             sock.setsockopt(level, option, value)
         except OSError as exc:
             logger.debug("socket option %d was refused: %s", option, exc)
-
-
-def _build_tls_context(tls: TlsSettings) -> ssl.SSLContext:
-    ca, cert, key = (
-        None if value is None else secret_path(value, field=f"$.mqtt.tls.{name}")
-        for name, value in (("ca", tls.ca), ("cert", tls.cert), ("key", tls.key))
-    )
-    try:
-        context = ssl.create_default_context(cafile=ca)
-        if cert is not None:
-            context.load_cert_chain(cert, key)
-    except (OSError, ssl.SSLError) as exc:
-        raise ConfigError(
-            f"expected readable PEM files for ca, cert and key ({exc})", field="$.mqtt.tls"
-        ) from exc
-    return context
 
 
 def wait_for_connection(inbox: Inbox, timeout_s: float) -> Connected:

@@ -2,8 +2,8 @@
 
 A device writes only below ``dev/{its id}/up/`` and reads only ``dev/{its id}/down/`` and
 ``fleet/``, so that three broker rules are enough to keep devices apart. Operators' commands talk to
-the coordinator below ``op/{name}/``, where no device can write or read. No other module builds or
-takes apart a topic string.
+the coordinator below ``op/{name}/``, and coordinators to each other below ``coordinator/``, where
+no device can write or read. No other module builds or takes apart a topic string.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ NAME_RULE = "1 to 64 letters, digits, '_', '.' or '-', beginning with a letter o
 class Direction(Enum):
     """Who writes: a device (``up``), the coordinator to one device (``down``) or to all.
 
-    ``op``: an operator's command and the coordinator, to each other.
+    ``op``: an operator's command and the coordinator, to each other. ``coordinator``: a coordinator
+    to others that would take its place.
     """
 
     UP = "up"
     DOWN = "down"
     FLEET = "fleet"
     OPERATOR = "op"
+    COORDINATOR = "coordinator"
 
 
 class Payload(Enum):
@@ -60,6 +62,7 @@ class Channel(Enum):
     SHARED_BUNDLE = (Direction.FLEET, "bundle", Payload.TENSORS, 1, False)
     OPERATOR_REQUEST = (Direction.OPERATOR, "request", Payload.JSON, 1, False)
     OPERATOR_BUNDLE = (Direction.OPERATOR, "bundle", Payload.TENSORS, 1, False)
+    CLAIM = (Direction.COORDINATOR, "claim", Payload.JSON, 1, True)
     OPERATOR_REPLY = (Direction.OPERATOR, "reply", Payload.JSON, 1, False)
 
     def __init__(
@@ -77,7 +80,8 @@ _BY_LEVEL = {(channel.direction, channel.level): channel for channel in Channel}
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A parsed topic; ``device`` is None on fleet channels, and an operator's name on his.
+    """A parsed topic; ``device`` is None on channels of the fleet or the coordinator, and an
+    operator's name on his.
 
     ``bundle`` is the beginning of a digest, on the channel of shared chunks alone.
     """
@@ -104,8 +108,8 @@ def build_topic(
     if channel is Channel.SHARED_BUNDLE:
         assert bundle is not None, "shared chunks are those of one bundle"
         return f"{ROOT}/{fleet}/fleet/{channel.level}/{bundle[:16]}"
-    if channel.direction is Direction.FLEET:
-        return f"{ROOT}/{fleet}/fleet/{channel.level}"
+    if channel.direction in {Direction.FLEET, Direction.COORDINATOR}:
+        return f"{ROOT}/{fleet}/{channel.direction.value}/{channel.level}"
     assert device is not None, f"{channel.name} is a channel of one device"
     if channel.direction is Direction.OPERATOR:
         return f"{ROOT}/{fleet}/op/{device}/{channel.level}"
@@ -115,8 +119,8 @@ def build_topic(
 def parse_topic(topic: str) -> Address:
     """Take a topic apart; raise PeerProtocolError for one that is not ours."""
     match topic.split("/"):
-        case ["splitfleet", "v1", fleet, "fleet", level]:
-            channel = _BY_LEVEL.get((Direction.FLEET, level))
+        case ["splitfleet", "v1", fleet, ("fleet" | "coordinator") as way, level]:
+            channel = _BY_LEVEL.get((Direction(way), level))
             if channel is not None and channel is not Channel.SHARED_BUNDLE:
                 return Address(fleet=fleet, channel=channel)
         case ["splitfleet", "v1", fleet, "fleet", "bundle", bundle]:
@@ -143,8 +147,9 @@ def build_client_id(fleet: str, device: str | None = None, *, purpose: str = "")
 
 
 def coordinator_subscriptions(fleet: str) -> list[str]:
-    """Topic filters of the coordinator: everything that devices and operators write."""
+    """Topic filters of the coordinator: everything that devices, operators and its like write."""
     return [
+        build_topic(fleet, Channel.CLAIM),
         f"{ROOT}/{fleet}/dev/+/up/+",
         f"{ROOT}/{fleet}/op/+/{Channel.OPERATOR_REQUEST.level}",
         f"{ROOT}/{fleet}/op/+/{Channel.OPERATOR_BUNDLE.level}",

@@ -17,7 +17,7 @@ def serve(
     """Serve a fleet without training: rollouts go on, and operators' commands are answered.
 
     `train` does the same during a run. A fleet has one coordinator at a time: stop this one
-    before `train`.
+    before `train`. Of two, the one that was started last stays; the other ends with 76.
 
     Example: coordinator serve -c configs/lab.yaml
     """

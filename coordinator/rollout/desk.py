@@ -238,9 +238,10 @@ class RolloutDesk:
             self.delivery.acknowledge(device, status)
         return True
 
-    def close(self) -> None:
-        """Write down what is left and close the store."""
-        self.flush()
+    def close(self, *, write: bool = True) -> None:
+        """Write down what is left, unless that is another's by now, and close the store."""
+        if write:
+            self.flush()
         self.journal.close()
 
     # Inside
