@@ -80,6 +80,7 @@ class TrainingRun:
             settings.optimiser,
             client_optimiser=settings.client_optimiser,
             frozen=settings.network.frozen,
+            eval_layers=model.split.eval_layers,
             seed=settings.seed,
         )
         self.log = StepLog(settings.directory)

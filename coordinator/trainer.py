@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 
 from coordinator.checkpoint import below_prefix, flatten_optimiser, restore_optimiser, with_prefix
 from coordinator.optimisers import OptimiserName, OptimiserSettings
+from models.modes import evaluating, train_except
 from wire.halves import TorchHalves, install_half_converter
 
 Floats = NDArray[np.float32]
@@ -79,7 +81,8 @@ class SplitTrainer:
     """Holds both segments' weights and optimisers; the client segment runs here only to evaluate.
 
     A server pass leaves gradients on the server segment; ``apply`` steps both optimisers at once,
-    or ``discard`` forgets the pass, so that a step is applied as a whole or not at all.
+    or ``discard`` forgets the pass, so that a step is applied as a whole or not at all. The server
+    segment's ``eval_layers`` stay in eval mode: BatchNorm keeps its statistics there.
     """
 
     def __init__(
@@ -90,12 +93,14 @@ class SplitTrainer:
         *,
         client_optimiser: OptimiserSettings | None = None,
         frozen: bool = False,
+        eval_layers: AbstractSet[str] = frozenset(),
         seed: int = 0,
     ) -> None:
         torch.manual_seed(seed)  # dropout in the server segment draws from torch's generator
         self.client = client
         self.server = server
         self.frozen = frozen
+        train_except(server, eval_layers)
         # What does not require gradients travels as a buffer and is not trained (models.export).
         self._client_parameters = _trainable(client)
         self._server_parameters = _trainable(server)
@@ -123,7 +128,6 @@ class SplitTrainer:
 
     def run_server(self, activations: Floats, labels: NDArray[np.int64]) -> ServerResult:
         """Forward and backward of the server segment on activations (B, …), labels (B,)."""
-        self.server.train()
         self.server.zero_grad(set_to_none=True)
         cut = torch.from_numpy(activations).requires_grad_(not self.frozen)
         target = torch.from_numpy(labels)
@@ -163,10 +167,8 @@ class SplitTrainer:
 
     def evaluate(self, x: Floats, y: NDArray[np.int64], *, batch: int = 512) -> Evaluation:
         """Run the whole network on held-out samples x (N, …), y (N,)."""
-        self.client.eval()
-        self.server.eval()
         loss, correct = 0.0, 0
-        with torch.no_grad():
+        with evaluating(self.client, self.server), torch.no_grad():
             for start in range(0, len(x), batch):
                 target = torch.from_numpy(y[start : start + batch])
                 logits = self.server(self.client(torch.from_numpy(x[start : start + batch])))

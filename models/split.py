@@ -32,7 +32,7 @@ class SplitNetwork:
     Both segments are in eval mode, with parameters and buffers under the network's own names.
     ``client`` has no dropout left (``removed_dropout`` names it): a device recomputes its forward
     pass, and must get the same activations. ``eval_layers`` names the modules that were in eval
-    mode when the network was handed over: their statistics are meant to stay as they are.
+    mode when the network was handed over, and are meant to stay there in training.
     """
 
     client: fx.GraphModule

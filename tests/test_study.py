@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from coordinator.optimisers import OptimiserName, OptimiserSettings
@@ -112,6 +113,18 @@ def _training(*, optimiser_lr: float) -> TrainingSettings:
         network_arguments={"hidden": [8, 6]},
         optimiser=OptimiserSettings(name=OptimiserName.SGD, lr=optimiser_lr),
     )
+
+
+def test_layer_that_the_user_put_into_eval_mode_stays_there() -> None:
+    _, data = _pooled(make_samples(a=30))
+    settings = TrainingSettings(network="tests.user_networks:norm_kept_as_it_is")
+    trainer = Trainer(settings, data, SEED)
+    before = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
+    trainer.train_epoch(iter([np.arange(30)]), lambda: False)
+    after = trainer.network.state_dict()
+    assert torch.equal(after["1.running_mean"], before["1.running_mean"])
+    assert not torch.equal(after["1.weight"], before["1.weight"])
+    assert trainer.network.training
 
 
 def test_everybody_trains_every_sample_once_an_epoch_with_ugs_and_by_class() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 from coordinator.checkpoint import read_checkpoint, write_checkpoint
 from coordinator.optimisers import OptimiserName, OptimiserSettings
 from coordinator.trainer import SplitTrainer
+from models.split import split_network
 
 SETTINGS = {
     "sgd": OptimiserSettings(name=OptimiserName.SGD, lr=0.1),
@@ -237,3 +239,38 @@ def test_dropout_starts_from_the_seed_of_the_run() -> None:
 
     assert losses(1) == losses(1)
     assert losses(1) != losses(2)
+
+
+def _normed_network() -> nn.Module:
+    """Two BatchNorm layers in the server segment, the first of which keeps its statistics."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        kept, moving = nn.BatchNorm1d(8), nn.BatchNorm1d(8)
+        kept.running_mean = torch.randn(8)
+        kept.eval()
+        server = nn.Sequential(nn.Linear(8, 8), kept, nn.Linear(8, 8), moving, nn.Linear(8, 3))
+        return nn.Sequential(OrderedDict(client=nn.Linear(6, 8), server=server))
+
+
+def test_layers_that_the_user_put_into_eval_mode_train_as_in_the_undivided_network() -> None:
+    split = split_network(_normed_network(), "client", (6,))
+    trainer = SplitTrainer(
+        split.client, split.server, SETTINGS["sgd"], eval_layers=split.eval_layers
+    )
+    undivided = _normed_network()
+    optimiser = REFERENCES["sgd"](undivided.parameters())
+    for step in range(4):
+        x, y = _batch(step)
+        loss = _step(trainer, step)
+        trainer.evaluate(x.numpy(), y.numpy())
+        optimiser.zero_grad()
+        expected = nn.functional.cross_entropy(undivided(x), y)
+        expected.backward()
+        optimiser.step()
+        assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+    weights = trainer.client.state_dict() | trainer.server.state_dict()
+    for name, tensor in undivided.state_dict().items():
+        assert torch.allclose(weights[name], tensor, rtol=1e-4, atol=1e-6), name
+    before = _normed_network().state_dict()
+    assert torch.equal(weights["server.1.running_mean"], before["server.1.running_mean"])
+    assert not torch.equal(weights["server.3.running_mean"], before["server.3.running_mean"])

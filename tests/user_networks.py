@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -200,3 +201,9 @@ class TwoLayers(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.flatten(self.body(x)))
         return logits
+
+
+def norm_kept_as_it_is(input_shape: Sequence[int], classes: int) -> nn.Module:
+    """BatchNorm whose statistics are to stay as they are."""
+    width = math.prod(input_shape)
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(width).eval(), nn.Linear(width, classes))

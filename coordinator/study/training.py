@@ -21,6 +21,7 @@ from torch import nn
 from coordinator.study.data import StudyData
 from coordinator.study.settings import TrainingSettings
 from coordinator.trainer import build_optimiser
+from models.modes import evaluating
 from models.registry import build_network
 
 _TEST_BATCH = 500
@@ -73,7 +74,6 @@ class Trainer:
         self, batches: Iterator[NDArray[np.intp]], should_stop: Callable[[], bool]
     ) -> EpochOutcome:
         """Train on batches of indices into the pooled samples, then test. Stopped if asked to."""
-        self.network.train()
         loss_sum, samples = 0.0, 0
         for rows in batches:
             if should_stop():
@@ -97,9 +97,8 @@ class Trainer:
 
     def test_accuracy(self) -> float:
         """Share of the test samples whose class gets the largest logit."""
-        self.network.eval()
         correct = 0
-        with torch.inference_mode():
+        with evaluating(self.network), torch.inference_mode():
             for start in range(0, len(self._test_y), _TEST_BATCH):
                 logits = self.network(self._test_x[start : start + _TEST_BATCH])
                 target = self._test_y[start : start + _TEST_BATCH]
