@@ -28,6 +28,7 @@ from wire.messages import (
     RolloutCancel,
     RolloutOffer,
     RolloutPhase,
+    RolloutStatus,
 )
 
 logger = logging.getLogger(__name__)
@@ -101,18 +102,15 @@ class Updater:
             self._incoming.begin(offer, now_s)
 
     def cancel(self, cancel: RolloutCancel, now_s: float) -> None:
-        """Stop what is not in use; with ``revert``, leave what is."""
+        """Stop what is not in use; with ``revert``, leave what is. PeerProtocolError for an attempt
+        that another has followed."""
         record = self._ledger.journal.record_of(cancel.campaign)
-        attempt = 0 if record is None else record.status.attempt
+        attempt = self._check_attempt(cancel)
         pending = self._ledger.journal.pending
         if pending is not None and _is_same(pending, cancel):
             self._end(UpdateEndedError(pending, RolloutPhase.CANCELLED, "stopped on request"))
         elif record is None or record.status.digest != cancel.digest:
-            offer = RolloutOffer(
-                digest=cancel.digest, size_bytes=1, chunk_bytes=1, campaign=cancel.campaign
-            )
-            status = build_status(offer, RolloutPhase.CANCELLED, "nothing of it was here")
-            self._ledger.note(msgspec.structs.replace(status, attempt=attempt))
+            self._note_unheard(cancel, attempt)
         elif cancel.revert and self._in_use.digest == cancel.digest:
             self._in_use.go_back("called back", blocked_for="called back by a rollout")
         elif cancel.revert and record.status.phase in _USED:
@@ -121,8 +119,36 @@ class Updater:
             self._ledger.note(
                 msgspec.structs.replace(status, phase=RolloutPhase.REVERTED, detail=detail)
             )
+        elif record.status.phase not in _USED and record.status.attempt < attempt:
+            self._note_unheard(cancel, attempt)  # its offer was lost, or comes behind it
         else:
             self._ledger.say_again(cancel.campaign, now_s)
+
+    def _check_attempt(self, cancel: RolloutCancel) -> int:
+        """The attempt that is cancelled; raises PeerProtocolError if a later one is known."""
+        record, pending = (
+            self._ledger.journal.record_of(cancel.campaign),
+            self._ledger.journal.pending,
+        )
+        known = 0 if record is None else record.status.attempt
+        if pending is not None and pending.campaign == cancel.campaign:
+            known = max(known, pending.attempt)
+        if cancel.attempt is None:
+            return known
+        if cancel.attempt < known:
+            raise PeerProtocolError(Refusal.LATE, f"attempt {known} has followed {cancel.attempt}")
+        return cancel.attempt
+
+    def _note_unheard(self, cancel: RolloutCancel, attempt: int) -> None:
+        """What is cancelled was never offered here, as far as is known."""
+        status = RolloutStatus(
+            digest=cancel.digest,
+            phase=RolloutPhase.CANCELLED,
+            detail="nothing of it was here",
+            campaign=cancel.campaign,
+            attempt=attempt,
+        )
+        self._ledger.note(status)
 
     def acknowledge(self, message: RolloutAcknowledge) -> None:
         """A status is written down at the coordinator."""

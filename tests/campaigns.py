@@ -76,7 +76,8 @@ class Trial:
                 case SendOffer(device=device, attempt=attempt):
                     self.offered.append(device)
                     self.attempts[device] = attempt
-                case SendCancel(device=device, revert=revert):
+                case SendCancel(device=device, revert=revert, attempt=attempt):
+                    assert attempt == self.attempts.get(device, 0), "not the attempt that is on"
                     self.cancelled.append((device, revert))
                 case Announce(text=text):
                     self.said.append(text)

@@ -168,8 +168,8 @@ class _Device:
         self.tick(SOAK_S)
         assert self.last.phase is COMMITTED
 
-    def cancel(self, data: bytes, campaign: str = "c", *, revert: bool = False) -> None:
-        message = RolloutCancel(digest=_digest(data), campaign=campaign, revert=revert)
+    def cancel(self, data: bytes, campaign: str = "c", **fields: Any) -> None:
+        message = RolloutCancel(digest=_digest(data), campaign=campaign, **fields)
         self.updater.cancel(message, self.now_s)
 
     @property
@@ -584,6 +584,36 @@ def test_revert_of_a_bundle_that_is_in_use_no_longer_is_true(device: _Device) ->
     device.cancel(ONE, revert=True)
     assert (device.last.phase, device.last.campaign) == (REVERTED, "c")
     assert device.in_use == _digest(TWO)
+
+
+def test_late_cancel_does_not_stop_the_attempt_that_followed(device: _Device) -> None:
+    device.offer(_offer(ONE))
+    device.cancel(ONE, revert=True, attempt=0)
+    device.offer(_offer(ONE, attempt=1))
+    with pytest.raises(PeerProtocolError) as caught:  # repeated by the broker or by a client
+        device.cancel(ONE, revert=True, attempt=0)
+    assert caught.value.reason is Refusal.LATE
+    device.offer(_offer(ONE, attempt=1))
+    device.send(ONE)
+    device.tick()
+    assert (device.last.phase, device.last.attempt) == (INSTALLED, 1)
+    with pytest.raises(PeerProtocolError):
+        device.cancel(ONE, revert=True, attempt=0)
+    assert device.in_use == _digest(ONE)
+    device.cancel(ONE, revert=True, attempt=1)
+    assert (device.last.phase, device.last.attempt) == (REVERTED, 1)
+
+
+def test_cancel_that_comes_before_its_offer_is_answered_and_ends_it(device: _Device) -> None:
+    device.offer(_offer(ONE))
+    device.cancel(ONE, attempt=0)
+    device.cancel(ONE, attempt=1)
+    assert (device.last.phase, device.last.attempt) == (CANCELLED, 1)
+    device.offer(_offer(ONE, attempt=1))
+    assert (device.last.phase, device.last.attempt) == (CANCELLED, 1)
+    assert device.updater.committed is None
+    device.tick()
+    assert device.in_use is None
 
 
 def test_cancel_of_what_never_came_is_answered(device: _Device) -> None:

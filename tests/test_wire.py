@@ -113,10 +113,13 @@ class TestMessages:
 
     def test_golden_rollout_messages(self) -> None:
         digest = "1" * 64
-        cancel = RolloutCancel(digest=digest, campaign="c", revert=True)
-        raw = b'{"kind":"cancel","digest":"%s","campaign":"c","revert":true}' % digest.encode()
+        cancel = RolloutCancel(digest=digest, campaign="c", revert=True, attempt=1)
+        raw = b'{"kind":"cancel","digest":"%s","campaign":"c","revert":true,"attempt":1}'
+        raw %= digest.encode()
         assert encode_message(cancel) == raw
         assert decode_rollout(raw) == cancel
+        before_attempts = decode_rollout(raw.replace(b',"attempt":1', b""))
+        assert before_attempts == RolloutCancel(digest=digest, campaign="c", revert=True)
         raw = b'{"kind":"acknowledge","digest":"%s","campaign":"c","sequence":3}' % digest.encode()
         message = RolloutAcknowledge(digest=digest, campaign="c", sequence=3)
         assert encode_message(message) == raw

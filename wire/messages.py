@@ -184,11 +184,15 @@ class RolloutOffer(RolloutMessage, frozen=True, kw_only=True, tag="offer"):
 
 
 class RolloutCancel(RolloutMessage, frozen=True, kw_only=True, tag="cancel"):
-    """Stop what is not in use yet; with ``revert``, go back from it where it is."""
+    """Stop what is not in use yet; with ``revert``, go back from it where it is.
+
+    ``attempt`` is that of the offer: one that comes late must not stop a later one. None: any.
+    """
 
     digest: Digest
     campaign: Text
     revert: bool = False
+    attempt: NonNegative | None = None
 
 
 class RolloutAcknowledge(RolloutMessage, frozen=True, kw_only=True, tag="acknowledge"):

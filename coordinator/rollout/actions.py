@@ -21,6 +21,7 @@ class SendCancel:
 
     device: str
     revert: bool
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,9 +70,11 @@ class Delivery:
         )
         self._publish(Channel.ROLLOUT, encode_message(offer), device=device)
 
-    def cancel(self, record: CampaignRecord, device: str, *, revert: bool) -> None:
+    def cancel(self, record: CampaignRecord, device: str, attempt: int, *, revert: bool) -> None:
         """Tell a device to stop, or to go back."""
-        cancel = RolloutCancel(digest=record.bundle.digest, campaign=record.campaign, revert=revert)
+        cancel = RolloutCancel(
+            digest=record.bundle.digest, campaign=record.campaign, revert=revert, attempt=attempt
+        )
         self._publish(Channel.ROLLOUT, encode_message(cancel), device=device)
 
     def acknowledge(self, device: str, status: RolloutStatus) -> None:

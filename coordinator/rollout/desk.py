@@ -338,9 +338,9 @@ class RolloutDesk:
         match action:
             case SendOffer(device=device, attempt=attempt):
                 self.delivery.offer(record, device, attempt)
-            case SendCancel(device=device, revert=revert):
+            case SendCancel(device=device, revert=revert, attempt=attempt):
                 self.delivery.forget(record, device)
-                self.delivery.cancel(record, device, revert=revert)
+                self.delivery.cancel(record, device, attempt, revert=revert)
             case Announce(text=text):
                 logger.info("%s: %s", campaign.name, text)
 

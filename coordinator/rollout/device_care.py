@@ -136,7 +136,7 @@ class DeviceCare:
         """Say to a device what holds for it."""
         self.ledger.put(replace(entry, told_s=now_s))
         if entry.is_cancelled:
-            return [SendCancel(entry.device, entry.revert)]
+            return [SendCancel(entry.device, entry.revert, entry.attempt)]
         return [SendOffer(entry.device, entry.attempt)]
 
     def _cancel(
@@ -155,7 +155,7 @@ class DeviceCare:
         )
         if self.is_ended:
             self._set(_closing_phase(self.record.phase), now_s, self.record.reason)
-        return [SendCancel(entry.device, revert)]
+        return [SendCancel(entry.device, revert, entry.attempt)]
 
     # Time
 
@@ -191,7 +191,7 @@ class DeviceCare:
             # It must not go on: what is not committed goes back.
             entry = replace(entry, is_cancelled=True, revert=True, told_s=now_s)
         self._move(entry, DevicePhase.TIMED_OUT, now_s, detail)
-        return [SendCancel(entry.device, entry.revert)]
+        return [SendCancel(entry.device, entry.revert, entry.attempt)]
 
     def _give_up_absent(self, now_s: float) -> None:
         """Devices of the open waves that have been away for too long."""
