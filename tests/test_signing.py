@@ -94,18 +94,25 @@ def test_changed_file_is_refused_by_its_hash() -> None:
         Bundle.from_bytes(_repack(files), trust=TRUST)
 
 
+def _signature_file(*words: str) -> bytes:
+    """Key, signature, key, signature..."""
+    pairs = zip(words[::2], words[1::2], strict=True)
+    signatures = [{"key": key, "signature": signature} for key, signature in pairs]
+    return json.dumps({"schema": 1, "signatures": signatures}).encode()
+
+
 @pytest.mark.parametrize(
     "signature_file",
     [
-        b"",
-        b"[]",
-        b"\xff",
-        b"[" * 100_000,
-        b'{"schema":2,"signatures":[]}',
-        b'{"schema":1,"signatures":[]}',
-        b'{"schema":1,"signatures":[{"key":"%s","signature":"??"}]}' % KEY.public.key_id.encode(),
-        b'{"schema":1,"signatures":[{"key":"%s","signature":""}]}' % KEY.public.key_id.encode(),
-        json.dumps({"schema": 1, "signatures": [{"key": "a", "signature": "b"}] * 9}).encode(),
+        pytest.param(b"", id="empty"),
+        pytest.param(b"[]", id="list"),
+        pytest.param(b"\xff", id="bytes"),
+        pytest.param(b"[" * 100_000, id="deep"),
+        pytest.param(b'{"schema":2,"signatures":[]}', id="schema"),
+        pytest.param(b'{"schema":1,"signatures":[]}', id="none"),
+        pytest.param(_signature_file(KEY.public.key_id, "??"), id="no-base64"),
+        pytest.param(_signature_file(KEY.public.key_id, ""), id="no-bytes"),
+        pytest.param(_signature_file(*["a", "b"] * 9), id="too-many"),
     ],
 )
 def test_signature_file_that_is_none_is_refused(signature_file: bytes) -> None:
