@@ -26,7 +26,7 @@ from coordinator.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from coordinator.config import RunSettings
 from coordinator.model import RunModel, build_split
 from coordinator.planning import permutation_seed
-from coordinator.recorder import StepRecord
+from coordinator.recorder import EpochRecord, StepRecord
 from coordinator.registry import Registry
 from coordinator.reporting import NullReporter
 from coordinator.run import TrainingRun
@@ -73,17 +73,17 @@ def make_samples(**sizes: int) -> dict[str, tuple[NDArray[np.float32], NDArray[n
     return samples
 
 
+NETWORK = {"name": "mlp", "cut": "block1", "arguments": {"hidden": [8, 6]}}
+
+
 @cache
-def _exported(frozen: bool, seed: int) -> RunModel:
-    settings = RunSettings(network=_network(frozen), seed=seed)
-    split = build_split(settings, input_shape=INPUT_SHAPE, classes=CLASSES, source="test")
-    data = export_bundle(split, name="test", version="1", classes=CLASSES, frozen=frozen)
+def _exported(network: bytes, seed: int, input_shape: tuple[int, ...], classes: int) -> RunModel:
+    """The model of a network, given as JSON: exported once for all tests."""
+    settings = msgspec.convert({"network": msgspec.json.decode(network), "seed": seed}, RunSettings)
+    split = build_split(settings, input_shape=input_shape, classes=classes, source="test")
+    frozen = settings.network.frozen
+    data = export_bundle(split, name="test", version="1", classes=classes, frozen=frozen)
     return RunModel(split=split, bundle=Bundle.from_bytes(data), bundle_bytes=data)
-
-
-def _network(frozen: bool) -> Any:
-    document = {"name": "mlp", "cut": "block1", "arguments": {"hidden": [8, 6]}, "frozen": frozen}
-    return msgspec.convert({"network": document}, RunSettings).network
 
 
 class Notes(NullReporter):
@@ -92,6 +92,7 @@ class Notes(NullReporter):
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.steps: list[StepRecord] = []
+        self.epochs: list[EpochRecord] = []
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -99,16 +100,19 @@ class Notes(NullReporter):
     def step(self, record: StepRecord) -> None:
         self.steps.append(record)
 
+    def epoch(self, record: EpochRecord) -> None:
+        self.epochs.append(record)
+
 
 class Agent:
     """A device's session and worker, fed as its daemon does it."""
 
-    def __init__(self, name: str, x: NDArray[np.float32], y: NDArray[np.int64], bundle: Bundle):
+    def __init__(self, name: str, data: LabelledData, bundle: Bundle):
         self.name = name
         self.boot = 1
         self.orders = tuple(order.value for order in SampleOrder)
         self.refused: Counter[str] = Counter()
-        self._data = LabelledData(x=x, y=y, classes=CLASSES)
+        self._data = data
         self._bundle = bundle
         self.restart()
 
@@ -171,6 +175,9 @@ class Pair:
     settings: dict[str, Any] = field(default_factory=dict)
     frozen: bool = False
     attempt: int = 1
+    network: Mapping[str, Any] = field(default_factory=lambda: NETWORK)
+    classes: int = CLASSES
+    test_data: LabelledData | None = None
 
     def __post_init__(self) -> None:
         torch.set_num_threads(1)
@@ -178,16 +185,22 @@ class Pair:
         self.retained: dict[Channel, bytes] = {}
         self.reporter = Notes()
         self.registry = Registry()
-        model = _exported(self.frozen, SEED)
+        model = self._model()
         self.agents = {
-            name: Agent(name, x, y, model.bundle) for name, (x, y) in self.samples.items()
+            name: Agent(name, LabelledData(x=x, y=y, classes=self.classes), model.bundle)
+            for name, (x, y) in self.samples.items()
         }
         self.run = self._build_run(model)
+
+    def _model(self) -> RunModel:
+        x, _ = next(iter(self.samples.values()))
+        network = msgspec.json.encode({**self.network, "frozen": self.frozen})
+        return _exported(network, self.settings.get("seed", SEED), x.shape[1:], self.classes)
 
     def _build_run(self, model: RunModel) -> TrainingRun:
         document = {
             "out": str(self.directory),
-            "network": msgspec.to_builtins(_network(self.frozen)),
+            "network": {**self.network, "frozen": self.frozen},
             "global_batch": 12,
             "epochs": 2,
             "min_devices": len(self.samples),
@@ -199,7 +212,7 @@ class Pair:
         return TrainingRun(
             msgspec.convert(document | self.settings, RunSettings),
             RunModel(copy.deepcopy(model.split), model.bundle, model.bundle_bytes),
-            None,
+            self.test_data,
             registry=self.registry,
             attempt=self.attempt,
             publish=self._publish,

@@ -50,8 +50,11 @@ def _parts() -> dict[str, tuple[NDArray[np.float32], NDArray[np.int64]]]:
 
 
 def _train_fleet(
-    fleet: Fleet, optimiser: dict[str, Any], backends: Sequence[Backend], precision: str
+    fleet: Fleet,
+    optimiser: dict[str, Any],
+    backends: Sequence[Backend],
 ) -> None:
+    """Each agent is a process, and the coordinator of a mixed fleet too."""
     agents = {}
     for (device, (x, y)), (forward, backward) in zip(_parts().items(), backends, strict=True):
         path = fleet.write_data(device, x, y)
@@ -60,14 +63,16 @@ def _train_fleet(
             {"npz": {"path": path}, "classes": 10},
             compute={"forward": forward, "backward": backward},
         )
-    coordinator = fleet.coordinator(
+    is_mixed = len(set(backends)) > 1
+    start = fleet.coordinator if is_mixed else fleet.local_coordinator
+    coordinator = start(
         network={"name": "cnn2d", "cut": "block2", "input_shape": [1, 8, 8], "classes": 10},
         epochs=1,
         global_batch=BATCH,
         min_devices=DEVICES,
         policy={"name": "ugs"},
         optimiser=optimiser,
-        precision=precision,
+        precision="fp32",
         seed=SEED,
         deadline={"min_s": 30},
     )
@@ -151,7 +156,7 @@ def test_fp32_fleet_equals_the_undivided_network_after_50_steps(
     tolerance: float,
 ) -> None:
     with running_fleet(tmp_path, shared_mosquitto.port, fleet) as processes:
-        _train_fleet(processes, optimiser, backends, "fp32")
+        _train_fleet(processes, optimiser, backends)
         steps = processes.steps()
         assert len(steps) == STEPS
         losses, reference = _train_undivided(processes, optimiser)

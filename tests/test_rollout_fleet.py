@@ -370,6 +370,7 @@ def test_run_keeps_its_devices_unless_the_operator_takes_one(
             epochs=100_000,
             min_devices=2,
             global_batch=12,
+            deadline={"return_grace_s": 0.5},  # at the end of the epoch that one has left
         )
         lab = Lab.of(processes, shared_mosquitto)
         lab.wait_for_run(both := set(REAL[:2]))
