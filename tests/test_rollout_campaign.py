@@ -400,6 +400,23 @@ class TestOrders:
         assert trial.counts == {"committed": 4}
         assert trial.campaign.record.phase is CampaignPhase.COMPLETED
 
+    def test_retry_of_named_devices_leaves_the_others_that_failed(self) -> None:
+        trial = Trial(4, waves="100%", max_failed=0.5, soak_s=0)
+        trial.tick()
+        failed = trial.order[:2]
+        for name in failed:
+            trial.say(name, DevicePhase.FAILED, "disk full")
+        trial.commit(*trial.order[2:])
+        trial.tick()
+        with pytest.raises(CampaignError, match=f"{trial.order[2]} is committed"):
+            trial.campaign.retry(trial.now_s, [failed[0], trial.order[2]])
+        with pytest.raises(CampaignError, match="expected a device of c-1, received gw-99"):
+            trial.campaign.retry(trial.now_s, ["gw-99"])
+        trial.take(trial.campaign.retry(trial.now_s, [failed[1]]))
+        trial.finish()
+        assert trial.offered == [*trial.order, failed[1]]
+        assert trial.counts == {"committed": 3, "failed": 1}
+
     def test_devices_that_fail_again_do_not_abort_what_was_good(self) -> None:
         trial = Trial(4, waves="100%", max_failed=0.5, soak_s=0)
         trial.tick()

@@ -103,10 +103,11 @@ def test_damaged_and_missing_bundles_are_named(tmp_path: Path, rollout: RunComma
     assert "none.bundle: expected a readable bundle" in ended.err
 
 
-def test_retry_needs_to_know_whom(rollout: RunCommand) -> None:
-    ended = rollout("retry", "c-1")
+@pytest.mark.parametrize("arguments", [[], ["--failed", "--device", "gw-1"]])
+def test_retry_needs_to_know_whom(arguments: list[str], rollout: RunCommand) -> None:
+    ended = rollout("retry", "c-1", *arguments)
     assert ended.code == ExitCode.USAGE
-    assert "--failed" in ended.err
+    assert "expected --failed or --device ID" in ended.err
 
 
 def test_no_broker_ends_with_69(
@@ -221,7 +222,7 @@ class TestViews:
 def test_files_hold_settings_of_the_fleet(tmp_path: Path) -> None:
     path = tmp_path / "lab.yaml"
     path.write_bytes(msgspec.yaml.encode({"fleet": "lab-7", "mqtt": {"port": 1999}}))
-    settings = options.load_fleet(str(path), None, "broker", None)
+    settings = options.FleetOptions(config=str(path), host="broker").load()
     assert (settings.fleet, settings.mqtt.host, settings.mqtt.port) == ("lab-7", "broker", 1999)
     with pytest.raises(ConfigError):
-        options.load_fleet(str(path), "a b", None, None)
+        options.FleetOptions(config=str(path), fleet="a b").load()

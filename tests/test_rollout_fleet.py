@@ -338,9 +338,10 @@ def test_commands_work_from_another_host_and_end_with_their_codes(
         assert "4 committed" in run("status", *where)
         assert name in run("list", *where)
         assert "is completed" in run("pause", name, *where, expected=ExitCode.CONFIG)
+        assert f"{name} (completed)" in run("pause", *where, expected=ExitCode.CONFIG)
         assert name in run("abort", "nobody", *where, expected=ExitCode.CONFIG)
         assert "has this bundle" in run("start", bundle, "-y", *where, expected=ExitCode.CONFIG)
-        run("rollback", name, "--yes", *where)
+        run("rollback", "--yes", *where)  # there is just one
         rolled_back = run("status", name, "--watch", *where, expected=ExitCode.FAILED)
         assert "rolled-back" in rolled_back
         assert "4 reverted" in rolled_back

@@ -35,13 +35,9 @@ def broker_config(
     config: Annotated[
         str | None, typer.Option("-c", "--config", help="A run's YAML file: names the fleet.")
     ] = None,
-    fleet: Annotated[
-        str | None, typer.Option(help="Fleet, instead of the file's.  [default: lab]")
-    ] = None,
+    fleet: Annotated[str | None, typer.Option(help="Fleet, instead of the file's. (lab)")] = None,
     port: Annotated[int, typer.Option(help="Port for devices.")] = 1883,
-    bind: Annotated[
-        str | None, typer.Option(help="Address for devices.  [default: all addresses]")
-    ] = None,
+    bind: Annotated[str | None, typer.Option(help="Address for devices. (all addresses)")] = None,
     operator_port: Annotated[
         int, typer.Option(help="Loopback port for the coordinator; 0 for none.")
     ] = 1884,

@@ -39,7 +39,7 @@ SequenceOption = Annotated[
     typer.Option(
         min=0,
         help="Place in the order of releases under this name: devices refuse a lower one than "
-        "they have had.  [default: the Unix time]",
+        "they have had. (the Unix time)",
     ),
 ]
 ExpiresOption = Annotated[
@@ -68,9 +68,7 @@ def export(
     network: Annotated[
         str | None, typer.Option(help="mlp, cnn2d, cnn1d, resnet18 or module:function.")
     ] = None,
-    cut: Annotated[
-        str | None, typer.Option(help="Cut layer.  [default: the network's own]")
-    ] = None,
+    cut: Annotated[str | None, typer.Option(help="Cut layer. (the network's own)")] = None,
     input_shape: Annotated[
         str | None, typer.Option(metavar="SHAPE", help="One sample's shape, such as 1,28,28.")
     ] = None,

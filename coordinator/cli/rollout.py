@@ -11,6 +11,7 @@ import typer
 
 from coordinator.cli import rollout_options as options
 from coordinator.cli import rollout_orders as orders
+from coordinator.cli.grouped import grouped
 from coordinator.cli.rollout_orders import campaign_document, connect
 from wire.errors import ConfigError
 from wire.exit_codes import ExitCode
@@ -32,19 +33,11 @@ rollout = typer.Typer(
 
 
 @rollout.command()
+@grouped
 def plan(
     bundle: options.BundleArgument,
-    config: options.ConfigOption = None,
-    name: options.NameOption = "",
-    waves: options.WavesOption = "1,10%,50%,100%",
-    match: options.MatchOption = None,
-    label: options.LabelOption = None,
-    device: options.DeviceOption = None,
-    first: options.FirstOption = None,
-    take_from_run: options.TakeOption = False,
-    fleet: options.FleetOption = None,
-    host: options.HostOption = None,
-    port: options.PortOption = None,
+    where: options.FleetOptions,
+    who: options.PlanOptions,
     as_json: options.JsonOption = False,
 ) -> None:
     """Show who would get a bundle, in which wave, and who is left out and why. Changes nothing.
@@ -52,15 +45,9 @@ def plan(
     Example: coordinator rollout plan gait-7.bundle -c configs/lab.yaml --label site=north
     """
     facts, _ = _read_bundle(bundle)
-    settings = options.build_campaign_settings(
-        {
-            "waves": waves,
-            "selection": _selection(match, label, device, first),
-            "take_from_run": take_from_run,
-        }
-    )
-    with connect(options.load_fleet(config, fleet, host, port)) as client:
-        planned = _ask_plan(client, facts, settings, name)
+    settings = options.build_campaign_settings(who.document())
+    with connect(where.load()) as client:
+        planned = _ask_plan(client, facts, settings, who.name)
     if as_json:
         from coordinator.rollout.selection import encode_plan
 
@@ -70,31 +57,13 @@ def plan(
 
 
 @rollout.command()
+@grouped
 def start(
     bundle: options.BundleArgument,
-    config: options.ConfigOption = None,
-    name: options.NameOption = "",
-    waves: options.WavesOption = "1,10%,50%,100%",
-    match: options.MatchOption = None,
-    label: options.LabelOption = None,
-    device: options.DeviceOption = None,
-    first: options.FirstOption = None,
-    include_new: options.NewOption = False,
-    soak: options.SoakOption = "60s",
-    rate: options.RateOption = 0.0,
-    max_failed: options.FailedOption = "10%",
-    max_lost: options.LostOption = "20%",
-    lost_after: options.LostAfterOption = "5m",
-    revert_on_abort: options.RevertOption = False,
-    good_steps: options.StepsOption = 0,
-    trial: options.TrialOption = "30s",
-    limit: options.LimitOption = None,
-    individual: options.IndividualOption = False,
-    take_from_run: options.TakeOption = False,
-    fleet: options.FleetOption = None,
-    host: options.HostOption = None,
-    port: options.PortOption = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    where: options.FleetOptions,
+    who: options.PlanOptions,
+    pace: options.PaceOptions,
+    yes: options.YesOption = False,
     wait: Annotated[bool, typer.Option("--wait", help="Until the end; 1 if not all is well.")] = (
         False
     ),
@@ -105,40 +74,21 @@ def start(
     Example: coordinator rollout start gait-7.bundle -c configs/lab.yaml --waves 1,10%,100%
     """
     facts, data = _read_bundle(bundle)
-    settings = options.build_campaign_settings(
-        {
-            "waves": waves,
-            "selection": _selection(match, label, device, first),
-            "include_new": include_new,
-            "soak_s": options.parse_duration(soak, "--soak"),
-            "rate_per_min": rate,
-            "max_failed": options.parse_share(max_failed, "--max-failed"),
-            "max_lost": options.parse_share(max_lost, "--max-lost"),
-            "lost_after_s": options.parse_duration(lost_after, "--lost-after"),
-            "revert_on_abort": revert_on_abort,
-            "good_steps": good_steps,
-            "trial_s": options.parse_duration(trial, "--trial"),
-            "limits": options.parse_limits(limit or ()),
-            "shared": not individual,
-            "take_from_run": take_from_run,
-        }
-    )
-    where = options.load_fleet(config, fleet, host, port)
-    view = _carry_out(where, facts, data, settings, name, yes=yes, wait=wait, as_json=as_json)
+    settings = options.build_campaign_settings({**who.document(), **pace.document()})
+    fleet = where.load()
+    view = _carry_out(fleet, facts, data, settings, who.name, yes=yes, wait=wait, as_json=as_json)
     _show(view, as_json=as_json, every=False)
     if wait:
         raise typer.Exit(_code_of(view))
 
 
 @rollout.command()
+@grouped
 def status(
+    where: options.FleetOptions,
     campaign: options.NewestArgument = "",
-    config: options.ConfigOption = None,
     watch: Annotated[bool, typer.Option("--watch", help="Until the campaign is over.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Every device of a large fleet.")] = False,
-    fleet: options.FleetOption = None,
-    host: options.HostOption = None,
-    port: options.PortOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Show a campaign: its state, its waves, every device. The newest one if none is named.
@@ -147,7 +97,7 @@ def status(
 
     Example: coordinator rollout status -c configs/lab.yaml --watch
     """
-    with connect(options.load_fleet(config, fleet, host, port)) as client:
+    with connect(where.load()) as client:
         view = _ask_status(client, campaign)
         if watch:
             view = _watch(client, view.record.campaign, as_json=as_json, every=every)
@@ -157,11 +107,9 @@ def status(
 
 
 @rollout.command("list")
+@grouped
 def list_campaigns(
-    config: options.ConfigOption = None,
-    fleet: options.FleetOption = None,
-    host: options.HostOption = None,
-    port: options.PortOption = None,
+    where: options.FleetOptions,
     as_json: options.JsonOption = False,
 ) -> None:
     """Show all campaigns of the fleet, the newest first.
@@ -170,7 +118,7 @@ def list_campaigns(
     """
     from coordinator.rollout.requests import ListReply, ListRequest
 
-    with connect(options.load_fleet(config, fleet, host, port)) as client:
+    with connect(where.load()) as client:
         views = client.ask(ListRequest(), ListReply).campaigns
     if as_json:
         typer.echo(json.dumps([campaign_document(view) for view in views]))
@@ -207,20 +155,6 @@ def _read_bundle(path: str) -> tuple[BundleFacts, bytes]:
         return describe_bundle(data), data
     except BundleError as exc:
         raise BundleError(f"{path}: {exc}") from exc
-
-
-def _selection(
-    match: list[str] | None,
-    label: list[str] | None,
-    device: list[str] | None,
-    first: list[str] | None,
-) -> dict[str, Any]:
-    return {
-        "patterns": match or [],
-        "labels": options.parse_labels(label or ()),
-        "devices": device or [],
-        "first": first or [],
-    }
 
 
 def _ask_plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -15,79 +16,147 @@ if TYPE_CHECKING:
     from coordinator.config import RunSettings
     from coordinator.rollout.records import CampaignSettings
 
-ConfigOption = Annotated[
-    str | None, typer.Option("-c", "--config", help="A run's YAML file: names broker and fleet.")
-]
-FleetOption = Annotated[str | None, typer.Option(help="Fleet, instead of the file's.")]
-HostOption = Annotated[str | None, typer.Option(help="Broker host, instead of the file's.")]
-PortOption = Annotated[int | None, typer.Option(help="Broker port, instead of the file's.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ReasonOption = Annotated[str, typer.Option(help="Kept with the campaign.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="The bundle's file.")]
-CampaignArgument = Annotated[str, typer.Argument(metavar="CAMPAIGN", help="As `list` shows it.")]
 NewestArgument = Annotated[
     str, typer.Argument(metavar="[CAMPAIGN]", help="The newest one if it is left out.")
 ]
-NameOption = Annotated[
-    str, typer.Option(metavar="ID", help="Id of the campaign, instead of one from the bundle.")
+OnlyArgument = Annotated[
+    str,
+    typer.Argument(metavar="[CAMPAIGN]", help="Needed where more than one comes into question."),
 ]
-WavesOption = Annotated[
-    str, typer.Option(metavar="LIST", help="How many devices are reached with each wave.")
-]
-MatchOption = Annotated[
-    list[str] | None, typer.Option("--match", metavar="PATTERN", help="Ids such as 'pi-*'.")
-]
-LabelOption = Annotated[
-    list[str] | None,
-    typer.Option("--label", metavar="NAME=PATTERN", help="A label of the agents' settings."),
-]
-DeviceOption = Annotated[
-    list[str] | None,
-    typer.Option("--device", metavar="ID", help="This device, even if it was never seen."),
-]
-FirstOption = Annotated[
-    list[str] | None, typer.Option("--first", metavar="ID", help="This device before others.")
-]
-NewOption = Annotated[
-    bool, typer.Option("--include-new", help="Devices that appear later join the last wave.")
-]
-SoakOption = Annotated[
-    str, typer.Option(metavar="TIME", help="Watch each wave for so long before the next.")
-]
-RateOption = Annotated[
-    float, typer.Option(metavar="N", help="Offers a minute at the most; 0: no limit.", min=0)
-]
-FailedOption = Annotated[
-    str, typer.Option(metavar="SHARE", help="Abort if more of a wave's devices fail.")
-]
-LostOption = Annotated[
-    str, typer.Option(metavar="SHARE", help="Abort if more of the updated devices go offline.")
-]
-LostAfterOption = Annotated[
-    str, typer.Option(metavar="TIME", help="A device is lost when it is offline for so long.")
-]
-RevertOption = Annotated[
-    bool, typer.Option("--revert-on-abort", help="An automatic abort calls the bundle back.")
-]
-StepsOption = Annotated[
-    int, typer.Option(metavar="N", help="Steps of a run after which a device commits.", min=0)
-]
-TrialOption = Annotated[
-    str, typer.Option(metavar="TIME", help="Or the time after which it commits.")
-]
-LimitOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--limit", metavar="PHASE=TIME", help="Longest offered, download, self-test or commit."
-    ),
-]
-IndividualOption = Annotated[
-    bool, typer.Option("--individual", help="No shared chunks: each device gets its own.")
-]
-TakeOption = Annotated[
-    bool,
-    typer.Option("--take-from-run", help="Devices that take part in a run leave it after a step."),
-]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetOptions:
+    """Where the coordinator is."""
+
+    config: Annotated[
+        str | None, typer.Option("-c", "--config", help="A run's YAML file: broker and fleet.")
+    ] = None
+    fleet: Annotated[str | None, typer.Option(help="Fleet, instead of the file's.")] = None
+    host: Annotated[str | None, typer.Option(help="Broker host, instead of the file's.")] = None
+    port: Annotated[int | None, typer.Option(help="Broker port, instead of the file's.")] = None
+
+    def load(self) -> RunSettings:
+        """Broker and fleet from the file and the flags; ConfigError for what is wrong in them."""
+        from coordinator.config import RunSettings, override
+        from wire.settings import load_settings
+
+        settings = RunSettings() if self.config is None else load_settings(self.config, RunSettings)
+        values: dict[str, object] = {
+            "fleet": self.fleet,
+            "mqtt.host": self.host,
+            "mqtt.port": self.port,
+        }
+        return override(settings, values, source=self.config or "flags")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Who gets the bundle, and in which wave."""
+
+    name: Annotated[
+        str, typer.Option(metavar="ID", help="Id of the campaign, instead of one from the bundle.")
+    ] = ""
+    waves: Annotated[
+        str, typer.Option(metavar="LIST", help="How many devices are reached with each wave.")
+    ] = "1,10%,50%,100%"
+    match: Annotated[
+        list[str] | None, typer.Option("--match", metavar="PATTERN", help="Ids such as 'pi-*'.")
+    ] = None
+    label: Annotated[
+        list[str] | None,
+        typer.Option("--label", metavar="NAME=PATTERN", help="A label of the agents' settings."),
+    ] = None
+    device: Annotated[
+        list[str] | None,
+        typer.Option("--device", metavar="ID", help="This device, even if it was never seen."),
+    ] = None
+    first: Annotated[
+        list[str] | None, typer.Option("--first", metavar="ID", help="This device before others.")
+    ] = None
+    take_from_run: Annotated[
+        bool,
+        typer.Option(
+            "--take-from-run", help="Devices that take part in a run leave it after a step."
+        ),
+    ] = False
+
+    def document(self) -> dict[str, Any]:
+        """As fields of CampaignSettings; raises ConfigError naming the option."""
+        selection = {
+            "patterns": self.match or [],
+            "labels": parse_labels(self.label or ()),
+            "devices": self.device or [],
+            "first": self.first or [],
+        }
+        return {
+            "waves": self.waves,
+            "selection": selection,
+            "take_from_run": self.take_from_run,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaceOptions:
+    """How a campaign goes on, and when it stops."""
+
+    include_new: Annotated[
+        bool, typer.Option("--include-new", help="Devices that appear later join the last wave.")
+    ] = False
+    soak: Annotated[
+        str, typer.Option(metavar="TIME", help="Watch each wave for so long before the next.")
+    ] = "60s"
+    rate: Annotated[
+        float, typer.Option(metavar="N", help="Offers a minute at the most; 0: no limit.", min=0)
+    ] = 0.0
+    max_failed: Annotated[
+        str, typer.Option(metavar="SHARE", help="Abort if more of a wave's devices fail.")
+    ] = "10%"
+    max_lost: Annotated[
+        str, typer.Option(metavar="SHARE", help="Abort if more of the updated devices go offline.")
+    ] = "20%"
+    lost_after: Annotated[
+        str, typer.Option(metavar="TIME", help="A device is lost when it is offline for so long.")
+    ] = "5m"
+    revert_on_abort: Annotated[
+        bool, typer.Option("--revert-on-abort", help="An automatic abort calls the bundle back.")
+    ] = False
+    good_steps: Annotated[
+        int, typer.Option(metavar="N", help="Steps of a run after which a device commits.", min=0)
+    ] = 0
+    trial: Annotated[
+        str, typer.Option(metavar="TIME", help="Or the time after which it commits.")
+    ] = "30s"
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--limit", metavar="PHASE=TIME", help="Longest offered, download, self-test or commit."
+        ),
+    ] = None
+    individual: Annotated[
+        bool, typer.Option("--individual", help="No shared chunks: each device gets its own.")
+    ] = False
+
+    def document(self) -> dict[str, Any]:
+        """As fields of CampaignSettings; raises ConfigError naming the option."""
+        return {
+            "include_new": self.include_new,
+            "soak_s": parse_duration(self.soak, "--soak"),
+            "rate_per_min": self.rate,
+            "max_failed": parse_share(self.max_failed, "--max-failed"),
+            "max_lost": parse_share(self.max_lost, "--max-lost"),
+            "lost_after_s": parse_duration(self.lost_after, "--lost-after"),
+            "revert_on_abort": self.revert_on_abort,
+            "good_steps": self.good_steps,
+            "trial_s": parse_duration(self.trial, "--trial"),
+            "limits": parse_limits(self.limit or ()),
+            "shared": not self.individual,
+        }
+
 
 _DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>ms|s|m|min|h|d)?")
 _UNITS_S = {"ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
@@ -158,15 +227,3 @@ def build_campaign_settings(document: dict[str, Any]) -> CampaignSettings:
     except ConfigError as exc:
         raise ConfigError(exc.expected, field="--waves") from exc
     return settings
-
-
-def load_fleet(
-    config: str | None, fleet: str | None, host: str | None, port: int | None
-) -> RunSettings:
-    """Broker and fleet from the file and the flags."""
-    from coordinator.config import RunSettings, override
-    from wire.settings import load_settings
-
-    settings = RunSettings() if config is None else load_settings(config, RunSettings)
-    values: dict[str, object] = {"fleet": fleet, "mqtt.host": host, "mqtt.port": port}
-    return override(settings, values, source=config or "flags")

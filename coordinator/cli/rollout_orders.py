@@ -11,6 +11,7 @@ import msgspec
 import typer
 
 from coordinator.cli import rollout_options as options
+from coordinator.cli.grouped import grouped
 
 if TYPE_CHECKING:
     from coordinator.config import RunSettings
@@ -18,68 +19,57 @@ if TYPE_CHECKING:
     from coordinator.rollout.requests import CampaignView
 
 
+@grouped
 def pause(
-    campaign: options.CampaignArgument,
-    config: options.ConfigOption = None,
+    where: options.FleetOptions,
+    campaign: options.OnlyArgument = "",
     reason: options.ReasonOption = "",
-    fleet: options.FleetOption = None,
-    host: options.HostOption = None,
-    port: options.PortOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Offer nothing more; devices finish what they have begun.
 
-    Example: coordinator rollout pause gait-7-1eb62544 -c configs/lab.yaml
+    Example: coordinator rollout pause -c configs/lab.yaml
     """
-    where = options.load_fleet(config, fleet, host, port)
     _order(where, campaign, "pause", reason=reason, as_json=as_json)
 
 
+@grouped
 def resume(
-    campaign: options.CampaignArgument,
-    config: options.ConfigOption = None,
-    fleet: options.FleetOption = None,
-    host: options.HostOption = None,
-    port: options.PortOption = None,
+    where: options.FleetOptions,
+    campaign: options.OnlyArgument = "",
     as_json: options.JsonOption = False,
 ) -> None:
     """Go on with a paused campaign. A wave in which nobody committed is let pass.
 
-    Example: coordinator rollout resume gait-7-1eb62544 -c configs/lab.yaml
+    Example: coordinator rollout resume -c configs/lab.yaml
     """
-    where = options.load_fleet(config, fleet, host, port)
     _order(where, campaign, "resume", as_json=as_json)
 
 
+@grouped
 def abort(
-    campaign: options.CampaignArgument,
-    config: options.ConfigOption = None,
+    where: options.FleetOptions,
+    campaign: options.OnlyArgument = "",
     revert: Annotated[
         bool,
         typer.Option("--revert/--keep", help="Devices that use the bundle go back, or keep it."),
     ] = False,
     reason: options.ReasonOption = "",
-    fleet: options.FleetOption = None,
-    host: options.HostOption = None,
-    port: options.PortOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Stop a campaign for good. Downloads end; what is in use stays (--keep) or goes (--revert).
 
-    Example: coordinator rollout abort gait-7-1eb62544 --revert -c configs/lab.yaml
+    Example: coordinator rollout abort --revert -c configs/lab.yaml
     """
-    where = options.load_fleet(config, fleet, host, port)
     _order(where, campaign, "abort", revert=revert, reason=reason, as_json=as_json)
 
 
+@grouped
 def rollback(
-    campaign: options.CampaignArgument,
-    config: options.ConfigOption = None,
+    where: options.FleetOptions,
+    campaign: options.OnlyArgument = "",
     reason: options.ReasonOption = "",
-    fleet: options.FleetOption = None,
-    host: options.HostOption = None,
-    port: options.PortOption = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: options.YesOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Call the bundle of a campaign that is over back from every device.
@@ -88,32 +78,32 @@ def rollback(
 
     Example: coordinator rollout rollback gait-7-1eb62544 -c configs/lab.yaml
     """
-    where = options.load_fleet(config, fleet, host, port)
     if not yes:
+        campaign = campaign or _name_for(where, "rollback")
         question = f"Call the bundle of {campaign} back from all its devices?"
         typer.confirm(question, abort=True, err=as_json)
     _order(where, campaign, "rollback", reason=reason, as_json=as_json)
 
 
+@grouped
 def retry(
-    campaign: options.CampaignArgument,
-    config: options.ConfigOption = None,
+    where: options.FleetOptions,
+    campaign: options.OnlyArgument = "",
     failed: Annotated[
-        bool, typer.Option("--failed", help="Those that failed or were out of reach.")
+        bool, typer.Option("--failed", help="All that failed or were out of reach.")
     ] = False,
-    fleet: options.FleetOption = None,
-    host: options.HostOption = None,
-    port: options.PortOption = None,
+    device: Annotated[
+        list[str] | None, typer.Option("--device", metavar="ID", help="This one of them.")
+    ] = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Offer the bundle again to devices that failed, as one more wave.
 
-    Example: coordinator rollout retry gait-7-1eb62544 --failed -c configs/lab.yaml
+    Example: coordinator rollout retry --failed -c configs/lab.yaml
     """
-    if not failed:
-        raise typer.BadParameter("expected --failed: nothing else can be tried again")
-    where = options.load_fleet(config, fleet, host, port)
-    _order(where, campaign, "retry", as_json=as_json)
+    if failed == bool(device):
+        raise typer.BadParameter("expected --failed or --device ID, and not both")
+    _order(where, campaign, "retry", devices=tuple(device or ()), as_json=as_json)
 
 
 def connect(settings: RunSettings) -> AbstractContextManager[OperatorClient]:
@@ -132,18 +122,21 @@ def campaign_document(view: CampaignView) -> dict[str, Any]:
 
 
 def _order(
-    settings: RunSettings,
+    where: options.FleetOptions,
     campaign: str,
     order: str,
     *,
     revert: bool = False,
     reason: str = "",
+    devices: tuple[str, ...] = (),
     as_json: bool,
 ) -> None:
     from coordinator.rollout.requests import Order, OrderRequest, StatusReply
 
-    request = OrderRequest(campaign=campaign, order=Order(order), revert=revert, reason=reason)
-    with connect(settings) as client:
+    request = OrderRequest(
+        order=Order(order), campaign=campaign, revert=revert, reason=reason, devices=devices
+    )
+    with connect(where.load()) as client:
         view = client.ask(request, StatusReply).campaign
     if as_json:
         typer.echo(json.dumps(campaign_document(view)))
@@ -152,3 +145,12 @@ def _order(
     from coordinator.tables import build_console, facts_table
 
     build_console(sys.stdout).print(facts_table(campaign_facts(view)))
+
+
+def _name_for(where: options.FleetOptions, order: str) -> str:
+    """The campaign that an order without a name is for; ConfigError if that is not clear."""
+    from coordinator.rollout.requests import Order, StatusReply, StatusRequest
+
+    with connect(where.load()) as client:
+        view = client.ask(StatusRequest(order=Order(order)), StatusReply).campaign
+    return view.record.campaign

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from coordinator.cli.demo_options import BATCH_NAMES
+
 DEFAULT_SEEDS = "3"
 
 
@@ -69,7 +71,7 @@ Policies = Annotated[
         "lds@BUDGET%. (all)",
     ),
 ]
-GlobalBatch = Annotated[int, _what("-B", "--global-batch", help="Samples of a step.")]
+GlobalBatch = Annotated[int, _what(*BATCH_NAMES, help="Samples of a step.")]
 Delta = Annotated[float | None, _what(help="LDS's delta.")]
 DeviationBudget = Annotated[
     float | None, _what(help="Chooses delta: deviation allowed over UGS's (0.1).")

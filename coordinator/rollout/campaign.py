@@ -11,7 +11,7 @@ restart). What has changed is taken by the owner and written down before it perf
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from msgspec.structs import replace
 
@@ -198,14 +198,20 @@ class Campaign(DeviceCare):
             )
         return self._close(CampaignPhase.ROLLING_BACK, now_s, revert=True, reason=reason)
 
-    def retry(self, now_s: float) -> list[Action]:
-        """Offer again to devices that failed or were out of reach, as a wave of their own."""
+    def retry(self, now_s: float, devices: Collection[str] = ()) -> list[Action]:
+        """Offer again to devices that failed or were out of reach, as a wave of their own.
+
+        To these ``devices`` alone if there are any; they too must have failed, all of them.
+        """
         if not (self.is_open or self.record.phase is CampaignPhase.COMPLETED):
             raise CampaignError(
                 f"expected a campaign that is open or completed, {self.name} is "
                 f"{self.record.phase}: start a new one, devices that have the bundle are left out"
             )
         failed = self.ledger.in_phases(RETRIED_PHASES)
+        if devices:
+            failed = [entry for entry in failed if entry.device in devices]
+            self._check_retried(devices)
         if not failed:
             raise CampaignError(f"expected devices that failed in {self.name}, there are none")
         wave = self.record.waves
@@ -216,6 +222,17 @@ class Campaign(DeviceCare):
             self._set(CampaignPhase.RUNNING, now_s, "")
             self._open_wave(wave, now_s)
         return [Announce(f"{len(failed)} devices are tried again in wave {wave + 1}")]
+
+    def _check_retried(self, devices: Collection[str]) -> None:
+        """Raise CampaignError for the first device that did not fail here."""
+        for device in sorted(devices):
+            entry = self.ledger.get(device)
+            if entry is None:
+                raise CampaignError(f"expected a device of {self.name}, received {device}")
+            if entry.phase not in RETRIED_PHASES:
+                raise CampaignError(
+                    f"expected a device that failed in {self.name}, {device} is {entry.phase}"
+                )
 
     # The whole
 

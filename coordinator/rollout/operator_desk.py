@@ -14,6 +14,7 @@ from coordinator.outgoing import Publish
 from coordinator.rollout.actions import Action
 from coordinator.rollout.bundle_facts import describe_bundle
 from coordinator.rollout.campaign import Campaign, CampaignError
+from coordinator.rollout.choice import choose_campaign
 from coordinator.rollout.desk import RolloutDesk
 from coordinator.rollout.records import DevicePhase
 from coordinator.rollout.requests import (
@@ -123,8 +124,8 @@ class OperatorDesk:
                 return self._start(request)
             case ListRequest():
                 return self._list()
-            case StatusRequest(campaign=campaign):
-                return StatusReply(campaign=self._view(self._find(campaign)))
+            case StatusRequest(campaign=campaign, order=order):
+                return StatusReply(campaign=self._view(self._find(campaign, order)))
             case OrderRequest():
                 return self._order(request)
 
@@ -138,14 +139,14 @@ class OperatorDesk:
         return self._written(self._desk.begin(plan, request.settings))
 
     def _order(self, request: OrderRequest) -> Reply:
-        campaign = self._find(request.campaign)
+        campaign = self._find(request.campaign, request.order)
         reason = request.reason or "by an operator"
         orders: dict[Order, Callable[[float], list[Action]]] = {
             Order.PAUSE: partial(campaign.pause, reason=reason),
             Order.RESUME: campaign.resume,
             Order.ABORT: partial(campaign.abort, revert=request.revert, reason=reason),
             Order.ROLLBACK: partial(campaign.roll_back, reason=reason),
-            Order.RETRY: campaign.retry,
+            Order.RETRY: partial(campaign.retry, devices=request.devices),
         }
         self._desk.order(campaign, orders[request.order])
         return self._written(campaign)
@@ -156,8 +157,11 @@ class OperatorDesk:
             return ErrorReply(text="the state store cannot be written: the order waits for it")
         return StatusReply(campaign=self._view(campaign))
 
-    def _find(self, name: str) -> Campaign:
+    def _find(self, name: str, order: Order | None = None) -> Campaign:
+        """The campaign of a name; without one that which an order is for, or the newest."""
         names = self._desk.journal.names()
+        if not name and order is not None:
+            return choose_campaign(order, [self._find(known) for known in names])
         if not name and names:
             records = (self._desk.journal.record(known) for known in names)
             newest = max((r for r in records if r is not None), key=lambda r: r.created_s)

@@ -48,12 +48,6 @@ class ListRequest(OperatorMessage, frozen=True, kw_only=True, tag="list"):
     """All campaigns of the fleet."""
 
 
-class StatusRequest(OperatorMessage, frozen=True, kw_only=True, tag="status"):
-    """One campaign with its devices; the newest where none is named."""
-
-    campaign: Text = ""
-
-
 class Order(StrEnum):
     """What an operator can do with a campaign."""
 
@@ -64,13 +58,24 @@ class Order(StrEnum):
     RETRY = "retry"
 
 
-class OrderRequest(OperatorMessage, frozen=True, kw_only=True, tag="order"):
-    """Do something with a campaign; ``reason`` is kept with it."""
+class StatusRequest(OperatorMessage, frozen=True, kw_only=True, tag="status"):
+    """One campaign with its devices. Where none is named the newest, or that of an ``order``."""
 
-    campaign: Text
+    campaign: Text = ""
+    order: Order | None = None
+
+
+class OrderRequest(OperatorMessage, frozen=True, kw_only=True, tag="order"):
+    """Do something with a campaign, or with the only one that comes into question.
+
+    ``reason`` is kept with it. ``devices``: those to try again, instead of all that failed.
+    """
+
     order: Order
+    campaign: Text = ""
     revert: bool = False
     reason: Text = ""
+    devices: tuple[Text, ...] = ()
 
 
 Request = PlanRequest | StartRequest | UploadRequest | ListRequest | StatusRequest | OrderRequest
