@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from models.golden import build_golden
-from models.memory import estimate_graph_bytes, estimate_memory
+from models.memory import estimate_graph_bytes, estimate_memory, measure_kept_bytes
 from models.onnx_graph import OPSET, program_to_onnx, program_to_onnx_backward
 from models.program import SegmentProgram, program_to_graph, trace_program
 from models.release import Release
@@ -22,6 +22,7 @@ from models.verify import CHECK_BYTES, verify_bundle
 from wire.bundle import (
     CLIENT_BACKWARD,
     CLIENT_FORWARD,
+    CLIENT_FORWARD_KEPT,
     CLIENT_TORCH,
     GOLDEN,
     WEIGHTS,
@@ -108,7 +109,7 @@ def _files(
             raise ModelError(f"{what}: no parameter of it trains: freeze it")
     files = {}
     if not frozen and backward == "onnx":  # first: it is quick, and refuses most
-        files[CLIENT_BACKWARD] = program_to_onnx_backward(program, what)
+        files.update(program_to_onnx_backward(program, what))
     return files | {
         CLIENT_FORWARD: program_to_onnx(program, what),
         CLIENT_TORCH: encode_segment_graph(graph),
@@ -151,7 +152,7 @@ def _describe(
 ) -> dict[str, Any]:
     """What the manifest says of the segment itself."""
     memory = estimate_memory(program, split.input_shape)
-    backward = files.get(CLIENT_BACKWARD)
+    backward, halves = files.get(CLIENT_BACKWARD), files.get(CLIENT_FORWARD_KEPT)
     return {
         "network": split.network,
         "cut_layer": split.cut_layer,
@@ -165,6 +166,7 @@ def _describe(
         "onnx_backward_bytes_per_sample": (
             0 if backward is None else estimate_graph_bytes(backward)
         ),
+        "onnx_kept_bytes_per_sample": 0 if halves is None else measure_kept_bytes(halves),
         "notes": tuple(_notes(split)),
     }
 

@@ -9,7 +9,8 @@ import onnx
 import torch
 from torch import Tensor, fx
 
-from models.program import SegmentProgram, output_node, used_nodes
+from models.program import KEPT_PREFIX, SegmentProgram, output_node, used_nodes
+from models.value_infos import infer_values
 
 _VIEWS = frozenset({"Reshape", "Identity"})
 
@@ -116,7 +117,7 @@ def estimate_graph_bytes(model: bytes) -> int:
 
 
 def _most_alive(parsed: onnx.ModelProto, batch: int) -> int:
-    sizes = _value_bytes(parsed, batch)
+    sizes = {name: value.size_bytes for name, value in infer_values(parsed, batch).items()}
     nodes = parsed.graph.node
     shown: dict[str, str] = {}  # what a view is a view of
     for node in nodes:
@@ -133,16 +134,9 @@ def _most_alive(parsed: onnx.ModelProto, batch: int) -> int:
     return most
 
 
-def _value_bytes(parsed: onnx.ModelProto, batch: int) -> dict[str, int]:
-    """The size of each value that a node computes."""
-    sized = onnx.ModelProto()
-    sized.CopyFrom(parsed)
-    for value in (*sized.graph.input, *sized.graph.output):
-        for size in value.type.tensor_type.shape.dim:
-            if size.HasField("dim_param"):
-                size.dim_value = batch
-    inferred = onnx.shape_inference.infer_shapes(sized, data_prop=True).graph
-    return {
-        value.name: 4 * math.prod(d.dim_value for d in value.type.tensor_type.shape.dim)
-        for value in inferred.value_info
-    }
+def measure_kept_bytes(model: bytes) -> int:
+    """Bytes per sample of what a forward graph keeps for the backward pass."""
+    parsed = onnx.load_from_string(model)
+    kept = [value.name for value in parsed.graph.output if value.name.startswith(KEPT_PREFIX)]
+    small, large = (infer_values(parsed, batch) for batch in (1, 2))
+    return sum(large[name].size_bytes - small[name].size_bytes for name in kept)

@@ -9,6 +9,7 @@ import torch
 
 from models.backward import derive_backward
 from models.program import INPUT, OUTPUT, SegmentProgram, quiet
+from wire.bundle import CLIENT_BACKWARD, CLIENT_BACKWARD_KEPT, CLIENT_FORWARD_KEPT
 from wire.errors import ModelError
 
 OPSET = 18
@@ -38,10 +39,18 @@ def program_to_onnx(program: SegmentProgram, what: str) -> bytes:
     return _serialise(exported.model_proto, "client_forward", what)
 
 
-def program_to_onnx_backward(program: SegmentProgram, what: str) -> bytes:
-    """Serialised ONNX model of the backward pass: the forward graph's inputs and ``grad_out``,
-    outputs ``grad.PARAMETER``. Raises ModelError naming the layer that has no backward pass."""
-    return _serialise(derive_backward(program, opset=OPSET), "client_backward", what)
+def program_to_onnx_backward(program: SegmentProgram, what: str) -> dict[str, bytes]:
+    """Serialised ONNX models of the backward pass by file name: whole, and in two halves; see
+    ``models.backward``. Raises ModelError naming the layer that has no backward pass."""
+    graphs = derive_backward(program, opset=OPSET)
+    models = {
+        CLIENT_BACKWARD: graphs.whole,
+        CLIENT_FORWARD_KEPT: graphs.forward,
+        CLIENT_BACKWARD_KEPT: graphs.backward,
+    }
+    return {
+        file: _serialise(model, file.removesuffix(".onnx"), what) for file, model in models.items()
+    }
 
 
 def _serialise(model: Any, name: str, what: str) -> bytes:

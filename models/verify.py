@@ -8,7 +8,7 @@ Legend: B samples in the batch, X one sample's shape, A one activation's shape.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from edge_agent.compute.onnx_backend import OnnxBackward, OnnxForward
+from edge_agent.compute.onnx_backend import OnnxForward, OnnxTrainer
 from edge_agent.compute.torch_backend import TorchSegment
 from models.program import TRACED_BATCH
 from models.split import SplitNetwork
@@ -31,6 +31,7 @@ EDGE_TOLERANCE = 1e-2
 CHECK_BYTES = 64 * 1024 * 1024  # the start of a run must not wait for it
 
 _BATCHES = (1, TRACED_BATCH, 5)
+_ONNX_GRADIENTS = ("onnx-backward", "onnx-backward-kept")
 _DRAWS = 3  # of random samples, until none lies near an edge
 _EDGES = frozenset({"Cast", "MaxPool"})  # of masks and pools: what such layers are in the graph
 _SMALLEST = 1e-2  # gradients below this are sums that cancel out: only noise is left of them
@@ -59,10 +60,10 @@ class _Forms:
         self.onnx = OnnxForward(bundle, threads=1)
         self.torch = TorchSegment(bundle, threads=1)
         graph = bundle.files.get(CLIENT_BACKWARD) if self.trains else None
-        self.onnx_backward = None if graph is None else OnnxBackward(bundle, threads=1)
+        self.onnx_trainer = None if graph is None else OnnxTrainer(bundle, threads=1)
         self.has_edges = graph is not None and _has_edges(graph)
         weights = bundle.initial_weights()
-        for form in (self.onnx, self.torch, self.onnx_backward):
+        for form in (self.onnx, self.torch, self.onnx_trainer):
             if form is not None:
                 form.set_weights(weights)
 
@@ -116,7 +117,7 @@ def _check_random(forms: _Forms, batch: int) -> list[Check]:
     for _ in range(_DRAWS):
         x = torch.randn(batch, *forms.split.input_shape)
         checks = _check_case(forms, forms.case(x, "random"))
-        if not any(check.what == "onnx-backward" and check.measure == "norm" for check in checks):
+        if not any(check.what in _ONNX_GRADIENTS and check.measure == "norm" for check in checks):
             break
     return checks
 
@@ -125,18 +126,36 @@ def _check_case(forms: _Forms, case: _Case) -> list[Check]:
     x_BX, grad_BA = case.samples.numpy(), case.gradient.numpy()
     expected_BA = case.activations.detach().numpy()
     scale = max(1.0, _largest(expected_BA))
-    from_onnx, from_torch = forms.onnx.forward(x_BX), forms.torch.forward_kept(x_BX)
+    from_onnx = forms.onnx.forward(x_BX)
+    from_torch, kept = forms.torch.forward_kept(x_BX)
     checks = [
         _check(case, "onnx-forward", _off(from_onnx, expected_BA), ONNX_TOLERANCE * scale),
         _check(case, "torch-forward", _off(from_torch, expected_BA), 0.0),
     ]
     if forms.trains:
         expected = forms.expected_gradients(case)
-        checks.append(_check_torch_gradients(case, forms.torch.backward_kept(grad_BA), expected))
-        if forms.onnx_backward is not None:
-            received = forms.onnx_backward.backward(x_BX, grad_BA)
-            checks.append(_check_onnx_gradients(case, received, expected, edges=forms.has_edges))
+        received = forms.torch.backward(x_BX, grad_BA, kept)
+        checks.append(_check_torch_gradients(case, received, expected))
+        if forms.onnx_trainer is not None:
+            checks += _check_onnx_trainer(forms, forms.onnx_trainer, case, expected)
     return checks
+
+
+def _check_onnx_trainer(
+    forms: _Forms, trainer: OnnxTrainer, case: _Case, expected: Gradients
+) -> Iterator[Check]:
+    """The whole backward graph, and both halves."""
+    x_BX, grad_BA = case.samples.numpy(), case.gradient.numpy()
+    edges = forms.has_edges
+    received = trainer.backward(x_BX, grad_BA)
+    yield _check_onnx_gradients(case, "onnx-backward", received, expected, edges=edges)
+    if trainer.can_keep:
+        activations_BA, kept = trainer.forward_kept(x_BX)
+        expected_BA = case.activations.detach().numpy()
+        tolerance = ONNX_TOLERANCE * max(1.0, _largest(expected_BA))
+        yield _check(case, "onnx-forward-kept", _off(activations_BA, expected_BA), tolerance)
+        received = trainer.backward(x_BX, grad_BA, kept)
+        yield _check_onnx_gradients(case, "onnx-backward-kept", received, expected, edges=edges)
 
 
 def _check_torch_gradients(case: _Case, received: Gradients, expected: Gradients) -> Check:
@@ -146,17 +165,17 @@ def _check_torch_gradients(case: _Case, received: Gradients, expected: Gradients
 
 
 def _check_onnx_gradients(
-    case: _Case, received: Gradients, expected: Gradients, *, edges: bool
+    case: _Case, what: str, received: Gradients, expected: Gradients, *, edges: bool
 ) -> Check:
     """Value by value; by norm only if that fails and the segment has edges."""
     difference = max(_off(received[name], gradient) for name, gradient in expected.items())
     scale = max(_SMALLEST, *(_largest(gradient) for gradient in expected.values()))
-    check = _check(case, "onnx-backward", difference, ONNX_TOLERANCE * scale)
+    check = _check(case, what, difference, ONNX_TOLERANCE * scale)
     if _passes(check) or not edges:
         return check
     distance, norm = _distance(received, expected)
     tolerance = EDGE_TOLERANCE * max(norm, _SMALLEST)
-    return _check(case, "onnx-backward", distance, tolerance, measure="norm")
+    return _check(case, what, distance, tolerance, measure="norm")
 
 
 def _check(

@@ -14,6 +14,7 @@ from models.onnx_graph import program_to_onnx_backward
 from models.program import SegmentProgram, trace_program
 from models.split import SplitNetwork, reproducible, split_network
 from tests.user_networks import TwoLayers
+from wire.bundle import CLIENT_BACKWARD, CLIENT_BACKWARD_KEPT, CLIENT_FORWARD_KEPT
 
 # Of the largest gradient. Both engines compute in float32 and add up in another order.
 TOLERANCE = 1e-4
@@ -53,14 +54,23 @@ class Derived:
     program: SegmentProgram
     graph: bytes
     session: onnxruntime.InferenceSession
+    halves: tuple[onnxruntime.InferenceSession, onnxruntime.InferenceSession]
 
     def gradients(self, x: Tensor, grad: Tensor) -> Gradients:
         """By parameter, from the graph."""
+        return _run(self.session, self._feeds(x, grad))
+
+    def gradients_in_halves(self, x: Tensor, grad: Tensor) -> Gradients:
+        """The same, and ``activations``, from the two graphs that keep values between them."""
+        forward, backward = self.halves
+        feeds = self._feeds(x, grad)
+        kept = _run(forward, feeds)
+        return {"activations": kept.pop("activations"), **_run(backward, feeds | kept)}
+
+    def _feeds(self, x: Tensor, grad: Tensor) -> Gradients:
         weights = zip(self.program.names, self.program.tensors, strict=True)
         feeds = {name: tensor.numpy() for name, tensor in weights}
-        results = self.session.run(None, {**feeds, "x": x.numpy(), "grad_out": grad.numpy()})
-        names = [entry.name for entry in self.session.get_outputs()]
-        return dict(zip(names, results, strict=True))
+        return {**feeds, "x": x.numpy(), "grad_out": grad.numpy()}
 
     def expected(self, x: Tensor, grad: Tensor) -> Gradients:
         """By parameter, from autograd."""
@@ -85,11 +95,26 @@ def split_body(body: nn.Module, shape: tuple[int, ...]) -> SplitNetwork:
 def derive(split: SplitNetwork) -> Derived:
     with reproducible():
         program = trace_program(split)
-    graph = program_to_onnx_backward(program, "segment")
+    graphs = program_to_onnx_backward(program, "segment")
+    return Derived(
+        split,
+        program,
+        graphs[CLIENT_BACKWARD],
+        _open(graphs[CLIENT_BACKWARD]),
+        (_open(graphs[CLIENT_FORWARD_KEPT]), _open(graphs[CLIENT_BACKWARD_KEPT])),
+    )
+
+
+def _open(graph: bytes) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    return Derived(split, program, graph, session)
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def _run(session: onnxruntime.InferenceSession, feeds: Gradients) -> Gradients:
+    inputs = {entry.name for entry in session.get_inputs()}
+    results = session.run(None, {name: feeds[name] for name in inputs})
+    return dict(zip((entry.name for entry in session.get_outputs()), results, strict=True))
 
 
 def assert_same_gradients(split: SplitNetwork, batches: tuple[int, ...] = (1, 4)) -> Derived:
@@ -104,8 +129,14 @@ def assert_same_gradients(split: SplitNetwork, batches: tuple[int, ...] = (1, 4)
             torch.manual_seed(_DRAWS * batch + draw)
             x = torch.randn(batch, *split.input_shape)
             grad = torch.randn(batch, *split.activation_shape)
-            received, expected = derived.gradients(x, grad), derived.expected(x, grad)
-            if not (wrong := _differing(received, expected)):
+            expected = derived.expected(x, grad)
+            wrong = _differing(derived.gradients(x, grad), expected)
+            in_halves = derived.gradients_in_halves(x, grad)
+            with torch.no_grad():
+                activations = split.client(x).numpy()
+            assert np.allclose(in_halves.pop("activations"), activations, rtol=0, atol=TOLERANCE)
+            wrong += [f"{name}, in halves" for name in _differing(in_halves, expected)]
+            if not wrong:
                 break
         assert not wrong, f"batch {batch}: {wrong}"
     return derived

@@ -121,9 +121,12 @@ def count_recomputations(backend: ComputeBackend, monkeypatch: pytest.MonkeyPatc
     engine = backend._torch  # type: ignore[attr-defined]
     original = engine.backward
 
-    def counted(x: NDArray[Any], grad: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        calls.append(len(x))
-        result: dict[str, NDArray[Any]] = original(x, grad)
+    def counted(
+        x: NDArray[Any], grad: NDArray[Any], kept: object = None
+    ) -> dict[str, NDArray[Any]]:
+        if kept is None:
+            calls.append(len(x))
+        result: dict[str, NDArray[Any]] = original(x, grad, kept)
         return result
 
     monkeypatch.setattr(engine, "backward", counted)

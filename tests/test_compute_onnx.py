@@ -1,6 +1,6 @@
 """The backward pass on ONNX Runtime: right gradients, no torch, and refusals by name.
 
-The backward graph of these bundles is written by hand, so that what is tested is the device alone.
+The backward graph of ``bundle`` is written by hand, so that what is tested is the device alone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from edge_agent.compute.segment import SegmentBackend
 from models.export import export_bundle
 from models.registry import build_network
 from models.split import split_network
-from wire.bundle import CLIENT_BACKWARD, Bundle, build_bundle
+from wire.bundle import Bundle, build_bundle
 from wire.errors import ConfigError, ModelError
 
 FEATURES, HIDDEN, CLASSES = 6, 5, 3
@@ -67,11 +68,19 @@ def linear_backward(
     return data
 
 
+def with_files(bundle: Bundle, **changes: bytes | None) -> Bundle:
+    """With other contents of files, named without ``.onnx``, or without those that are None."""
+    changed = {f"{name}.onnx": data for name, data in changes.items()}
+    files = {**bundle.files, **changed}
+    kept = {name: data for name, data in files.items() if data is not None}
+    return Bundle.from_bytes(build_bundle(bundle.manifest, kept))
+
+
 def with_backward(bundle: Bundle, graph: bytes | None) -> Bundle:
-    files = {name: data for name, data in bundle.files.items() if name != CLIENT_BACKWARD}
-    if graph is not None:
-        files[CLIENT_BACKWARD] = graph
-    return Bundle.from_bytes(build_bundle(bundle.manifest, files))
+    """As exported before there were halves, with this backward graph."""
+    return with_files(
+        bundle, client_backward=graph, client_forward_kept=None, client_backward_kept=None
+    )
 
 
 @pytest.fixture(scope="module")
@@ -165,13 +174,13 @@ def test_micro_batches_give_what_the_whole_batch_gives(
 
 def backward_sizes(backend: ComputeBackend, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows by the size of each backward pass."""
-    engine = backend._onnx_backward  # type: ignore[attr-defined]
+    engine = backend._onnx_trainer  # type: ignore[attr-defined]
     sizes: list[int] = []
     original = engine.backward
 
-    def counted(x: Float32, grad: Float32) -> dict[str, Float32]:
+    def counted(x: Float32, grad: Float32, kept: object = None) -> dict[str, Float32]:
         sizes.append(len(x))
-        result: dict[str, Float32] = original(x, grad)
+        result: dict[str, Float32] = original(x, grad, kept)
         return result
 
     monkeypatch.setattr(engine, "backward", counted)
@@ -207,6 +216,120 @@ def test_bundle_that_does_not_say_what_its_backward_graph_takes_is_cut_by_torch_
     old = dataclasses.replace(bundle, manifest=manifest)
     backend = loaded(old, max_batch_bytes=9 * manifest.backward_bytes_per_sample)
     assert backend.backward_pass_samples == 9
+
+
+@dataclass
+class Passes:
+    """Samples of each backward pass, by whether it found what its forward pass had kept."""
+
+    kept: list[int] = field(default_factory=list)
+    whole: list[int] = field(default_factory=list)
+
+
+def watch_passes(backend: ComputeBackend, monkeypatch: pytest.MonkeyPatch) -> Passes:
+    engine = backend._onnx_trainer  # type: ignore[attr-defined]
+    passes, original = Passes(), engine.backward
+
+    def watched(x: Float32, grad: Float32, kept: object = None) -> dict[str, Float32]:
+        (passes.whole if kept is None else passes.kept).append(len(x))
+        result: dict[str, Float32] = original(x, grad, kept)
+        return result
+
+    monkeypatch.setattr(engine, "backward", watched)
+    return passes
+
+
+def test_backward_pass_takes_what_the_forward_pass_of_its_token_kept(
+    exported: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = loaded(exported)
+    passes = watch_passes(backend, monkeypatch)
+    x, grad = batch(7)
+    expected = expected_gradients(exported.initial_weights(), x, grad)
+    activations = backend.forward(x, token=1)
+    assert np.allclose(activations, backend.forward(x), atol=1e-6)
+    backend.forward(x, token=1)
+    assert_gradients(backend.backward(x, grad, token=1), expected)
+    assert passes == Passes(kept=[7])
+    assert_gradients(backend.backward(x, grad, token=1), expected)  # asked again
+    assert passes == Passes(kept=[7], whole=[7])
+
+
+def test_what_was_kept_is_not_taken_for_another_token_or_other_weights(
+    exported: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = loaded(exported)
+    passes = watch_passes(backend, monkeypatch)
+    x, grad = batch(7)
+    weights = dict(exported.initial_weights())
+    backend.forward(x + 1, token=1)
+    assert_gradients(backend.backward(x, grad, token=2), expected_gradients(weights, x, grad))
+    weights = {name: -array for name, array in weights.items()}
+    backend.forward(x, token=1)
+    backend.set_weights(weights)
+    assert_gradients(backend.backward(x, grad, token=1), expected_gradients(weights, x, grad))
+    assert passes.kept == []
+
+
+@pytest.mark.parametrize(("samples_that_are_kept", "kept"), [(4, [4]), (11, [4, 4]), (2, [])])
+def test_as_much_is_kept_as_the_limit_leaves_and_the_rest_is_computed_again(
+    exported: Bundle, samples_that_are_kept: int, kept: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = exported.manifest
+    assert manifest.onnx_kept_bytes_per_sample == 4 * HIDDEN
+    per_pass = 4 * manifest.onnx_backward_bytes_per_sample
+    monkeypatch.setattr(SegmentBackend, "_onnx_pass_bytes", per_pass)
+    limit_bytes = per_pass + samples_that_are_kept * manifest.onnx_kept_bytes_per_sample
+    backend = loaded(exported, max_batch_bytes=limit_bytes)
+    passes = watch_passes(backend, monkeypatch)
+    x, grad = batch(16)
+    backend.forward(x, token=1)
+    expected = expected_gradients(exported.initial_weights(), x, grad)
+    assert_gradients(backend.backward(x, grad, token=1), expected)
+    assert passes.kept == kept
+    assert sum(passes.kept + passes.whole) == 16
+
+
+def test_without_a_limit_of_its_own_what_is_kept_is_limited(
+    exported: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    per_sample = exported.manifest.onnx_kept_bytes_per_sample
+    monkeypatch.setattr(segment_module, "_ONNX_KEPT_BYTES", 9 * per_sample)
+    backend = loaded(exported)
+    passes = watch_passes(backend, monkeypatch)
+    for count in (9, 10):
+        x, grad = batch(count)
+        backend.forward(x, token=count)
+        backend.backward(x, grad, token=count)
+    assert passes == Passes(kept=[9], whole=[10])
+
+
+def test_bundle_from_before_there_were_halves_computes_the_forward_pass_again(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = loaded(bundle)
+    passes = watch_passes(backend, monkeypatch)
+    x, grad = batch(5)
+    backend.forward(x, token=1)
+    expected = expected_gradients(bundle.initial_weights(), x, grad)
+    assert_gradients(backend.backward(x, grad, token=1), expected)
+    assert passes == Passes(whole=[5])
+
+
+@pytest.mark.parametrize(
+    ("file", "graph", "words"),
+    [
+        ("client_forward_kept", b"no graph", r"client_forward_kept\.onnx: "),
+        ("client_forward_kept", linear_backward(), "expected an output 'activations'"),
+        ("client_backward_kept", linear_backward(extra_input="seed"), "input 'seed': expected x"),
+        ("client_backward_kept", linear_backward(weight_out="dW"), rf"output 'grad\.{WEIGHT}'"),
+    ],
+)
+def test_damaged_half_is_refused_by_name(
+    exported: Bundle, file: str, graph: bytes, words: str
+) -> None:
+    with pytest.raises(ModelError, match=words):
+        loaded(with_files(exported, **{file: graph}))
 
 
 def test_empty_batch_has_zero_gradients(bundle: Bundle) -> None:
@@ -248,7 +371,7 @@ def test_damaged_backward_graph_is_refused_by_name(
 
 def test_graph_that_fails_while_it_runs_costs_that_message_only(bundle: Bundle) -> None:
     backend = loaded(bundle)
-    engine = backend._onnx_backward  # type: ignore[attr-defined]
+    engine = backend._onnx_trainer  # type: ignore[attr-defined]
     with pytest.raises(ModelError, match=r"client_backward\.onnx: .*grad_out"):
         engine.backward(batch(2)[0], np.zeros((2, HIDDEN + 1), np.float32))
     x, grad = batch(2)
@@ -339,7 +462,7 @@ def test_backend_without_the_shared_arena_computes_the_same(
     """A version of ONNX Runtime that cannot share one: each session then has its own."""
     x, grad = batch(5)
     expected = loaded(bundle).backward(x, grad)
-    monkeypatch.setattr("edge_agent.compute.onnx_backend._share_arena", lambda: False)
+    monkeypatch.setattr("edge_agent.compute.onnx_session._share_arena", lambda: False)
     assert_gradients(loaded(bundle).backward(x, grad), expected)
 
 

@@ -80,7 +80,8 @@ def test_manifest_records_what_was_checked(mlp_bundle: Bundle) -> None:
     done = {(check.what, check.batch) for check in checks}
     assert done == {
         (what, batch)
-        for what in ("onnx-forward", "torch-forward", "torch-backward", "onnx-backward")
+        for kind in ("onnx-{}", "onnx-{}-kept", "torch-{}")
+        for what in (kind.format("forward"), kind.format("backward"))
         for batch in (1, 3, 5)
     }
     assert all(check.difference <= check.tolerance for check in checks)

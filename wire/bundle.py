@@ -3,7 +3,8 @@
 The archive is stored (not compressed, so that nothing can swell), with fixed timestamps and sorted
 names: the same parts give the same bytes. ``manifest.json`` lists every other file with its size
 and SHA-256, and ``manifest.sig`` signs the manifest (``wire.signing``).
-``client_backward.onnx`` is there if devices without torch can train the segment.
+``client_backward.onnx`` is there if devices without torch can train the segment, and beside it the
+same in two halves, for those that have the memory to keep values between the two passes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ MANIFEST: Final = "manifest.json"
 SIGNATURE: Final = "manifest.sig"
 CLIENT_FORWARD: Final = "client_forward.onnx"
 CLIENT_BACKWARD: Final = "client_backward.onnx"
+CLIENT_FORWARD_KEPT: Final = "client_forward_kept.onnx"
+CLIENT_BACKWARD_KEPT: Final = "client_backward_kept.onnx"
 CLIENT_TORCH: Final = "client_torch.json"
 WEIGHTS: Final = "weights.safetensors"
 GOLDEN: Final = "golden.safetensors"
@@ -109,7 +112,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     ``forward_bytes_per_sample`` and ``backward_bytes_per_sample`` estimate the memory of the
     intermediate values; micro-batches are cut by them. ``onnx_backward_bytes_per_sample`` is the
-    same for ``client_backward.onnx``, 0 without that file. ``opset`` is that of both graphs.
+    same for ``client_backward.onnx``, ``onnx_kept_bytes_per_sample`` what is kept between its two
+    halves; both are 0 without these files. ``opset`` is that of all graphs.
     ``sequence`` grows with every release under one ``name``: a device that has had one refuses
     those before it. ``created`` and ``expires`` are times as in RFC 3339, ``expires`` empty for
     never. ``minimum_agent`` is the oldest agent that can run the bundle, empty for any.
@@ -132,6 +136,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     forward_bytes_per_sample: int
     backward_bytes_per_sample: int
     onnx_backward_bytes_per_sample: int = 0
+    onnx_kept_bytes_per_sample: int = 0
     sequence: int = 0
     expires: str = ""
     minimum_agent: str = ""

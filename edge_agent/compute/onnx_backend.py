@@ -1,70 +1,57 @@
 """Forward and backward pass on ONNX Runtime, with the weights as inputs of the graphs.
 
 The backward graph holds the forward pass too: it takes samples, weights and the gradient at the cut
-and gives the parameters' gradients, so nothing stands in memory between the two passes.
+and gives the parameters' gradients, so nothing stands in memory between the two passes. The same in
+two halves keeps what the forward pass has made, which spares the second one.
 
 Legend: B samples in the batch, X one sample's shape, A one activation's shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-import numpy as np
 from numpy.typing import NDArray
 
-from wire.bundle import CLIENT_BACKWARD, CLIENT_FORWARD, Bundle
-from wire.errors import ConfigError, ModelError
+from edge_agent.compute.onnx_session import OnnxGraph, to_value
+from wire.bundle import (
+    CLIENT_BACKWARD,
+    CLIENT_BACKWARD_KEPT,
+    CLIENT_FORWARD,
+    CLIENT_FORWARD_KEPT,
+    Bundle,
+)
+from wire.errors import ModelError
 
 SAMPLES: Final = "x"
 ACTIVATIONS: Final = "activations"
 CUT_GRADIENT: Final = "grad_out"
-GRADIENT_PREFIX: Final = "grad."  # of an output of the backward graph; a parameter's name follows
+GRADIENT_PREFIX: Final = "grad."  # of an output of a backward graph; a parameter's name follows
 
-_LOG_ERRORS_ONLY = 3
-_EXTEND_AS_REQUESTED = 1  # onnxruntime's kSameAsRequested; by powers of two costs half as much more
-
-
-class _Graph:
-    """One session for the life of a bundle: creating one costs 7 to 20 ms."""
-
-    def __init__(self, bundle: Bundle, file: str, threads: int) -> None:
-        self._file = file
-        self._session = _open_session(bundle.files[file], file, threads)
-        self._inputs = {entry.name for entry in self._session.get_inputs()}
-        self._weights: dict[str, NDArray[Any]] = {}
-
-    def set_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
-        """Take weights by name, in their own types; those absent keep their values."""
-        for name, array in weights.items():
-            if name in self._inputs:
-                # The graph reads this memory; a view of a message need not be aligned.
-                self._weights[name] = np.require(array, requirements=("C", "A"))
-
-    def _run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        try:
-            results = self._session.run(outputs, {**self._weights, **feeds})
-        except Exception as exc:  # the library raises its own types, which differ by version
-            raise ModelError(f"{self._file}: {_one_line(exc)}") from exc
-        return list(results)
+Kept = dict[str, Any]
+"""What a forward pass left for its backward pass: the library's own values by name."""
 
 
-class OnnxForward(_Graph):
+class OnnxForward:
     """The bundle's forward graph."""
 
     def __init__(self, bundle: Bundle, *, threads: int) -> None:
-        super().__init__(bundle, CLIENT_FORWARD, threads)
+        self._graph = OnnxGraph(bundle, CLIENT_FORWARD, threads)
+        self.set_weights = self._graph.set_weights
 
     def forward(self, x_BX: NDArray[Any]) -> NDArray[Any]:
         """Activations of one micro-batch."""
-        (activations_BA,) = self._run([ACTIVATIONS], {SAMPLES: x_BX})
+        (activations,) = self._graph.run([ACTIVATIONS], {SAMPLES: to_value(x_BX)})
+        activations_BA: NDArray[Any] = activations.numpy()
         return activations_BA
 
 
-class OnnxBackward(_Graph):
-    """The bundle's backward graph. Raises ModelError for a bundle that has none or a wrong one."""
+class OnnxTrainer:
+    """The bundle's backward graph, and the same in two halves where the bundle has them.
+
+    Raises ModelError for a bundle that has none or a wrong one.
+    """
 
     def __init__(self, bundle: Bundle, *, threads: int) -> None:
         if CLIENT_BACKWARD not in bundle.files:
@@ -72,81 +59,79 @@ class OnnxBackward(_Graph):
                 f"{CLIENT_BACKWARD}: expected this file in the bundle, for training on ONNX "
                 "Runtime: export it again without 'backward: torch', or install 'agent-torch' here"
             )
-        super().__init__(bundle, CLIENT_BACKWARD, threads)
-        self._outputs = {GRADIENT_PREFIX + p.name: p.name for p in bundle.manifest.parameters}
-        self._check_interface(bundle)
+        self._whole = _Gradients(OnnxGraph(bundle, CLIENT_BACKWARD, threads), bundle)
+        in_halves = {CLIENT_FORWARD_KEPT, CLIENT_BACKWARD_KEPT} <= bundle.files.keys()
+        self._halves = _Halves(bundle, threads) if in_halves else None
 
-    def backward(self, x_BX: NDArray[Any], grad_BA: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    @property
+    def can_keep(self) -> bool:
+        """Whether ``forward_kept`` can be called; bundles of earlier versions lack its graphs."""
+        return self._halves is not None
+
+    def set_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        """Take weights by name, in their own types; those absent keep their values."""
+        self._whole.graph.set_weights(weights)
+        if self._halves is not None:
+            self._halves.forward.set_weights(weights)
+            self._halves.backward.graph.set_weights(weights)
+
+    def forward_kept(self, x_BX: NDArray[Any]) -> tuple[NDArray[Any], Kept]:
+        """Activations of one micro-batch, and what ``backward`` can take in place of its own
+        forward pass, once."""
+        assert self._halves is not None, "forward_kept needs can_keep"
+        graph = self._halves.forward
+        values = graph.run(list(graph.outputs), {SAMPLES: to_value(x_BX)})
+        kept: Kept = dict(zip(graph.outputs, values, strict=True))
+        activations_BA: NDArray[Any] = kept.pop(ACTIVATIONS).numpy()
+        return activations_BA, kept
+
+    def backward(
+        self, x_BX: NDArray[Any], grad_BA: NDArray[Any], kept: Kept | None = None
+    ) -> dict[str, NDArray[Any]]:
         """Parameter gradients for one micro-batch, summed over its rows."""
-        feeds = {SAMPLES: x_BX, CUT_GRADIENT: grad_BA}
-        used = {name: array for name, array in feeds.items() if name in self._inputs}
-        gradients = self._run(list(self._outputs), used)
-        return dict(zip(self._outputs.values(), gradients, strict=True))
+        feeds = {SAMPLES: to_value(x_BX), CUT_GRADIENT: to_value(grad_BA)}
+        if kept is None or self._halves is None:
+            return self._whole.run(feeds)
+        return self._halves.backward.run(feeds | kept)
 
-    def _check_interface(self, bundle: Bundle) -> None:
-        manifest = bundle.manifest
-        known = {spec.name for spec in (*manifest.parameters, *manifest.buffers)}
-        if foreign := self._inputs - known - {SAMPLES, CUT_GRADIENT}:
-            raise ModelError(
-                f"{CLIENT_BACKWARD}: input {min(foreign)!r}: expected {SAMPLES}, {CUT_GRADIENT}, "
-                "parameters and buffers"
-            )
-        found = {entry.name: entry.shape for entry in self._session.get_outputs()}
-        for spec in manifest.parameters:
-            shape = found.get(GRADIENT_PREFIX + spec.name)
+
+class _Halves:
+    """A training step in two graphs: the second takes what the first has kept."""
+
+    def __init__(self, bundle: Bundle, threads: int) -> None:
+        self.forward = OnnxGraph(bundle, CLIENT_FORWARD_KEPT, threads)
+        if ACTIVATIONS not in self.forward.outputs:
+            raise ModelError(f"{CLIENT_FORWARD_KEPT}: expected an output {ACTIVATIONS!r}")
+        _check_inputs(self.forward, bundle, {SAMPLES})
+        backward = OnnxGraph(bundle, CLIENT_BACKWARD_KEPT, threads)
+        self.backward = _Gradients(backward, bundle, kept=self.forward.outputs.keys())
+
+
+class _Gradients:
+    """A graph whose outputs are the gradients of all parameters; ModelError if it is not."""
+
+    def __init__(self, graph: OnnxGraph, bundle: Bundle, kept: Collection[str] = ()) -> None:
+        self.graph = graph
+        self._names = {GRADIENT_PREFIX + p.name: p.name for p in bundle.manifest.parameters}
+        _check_inputs(graph, bundle, {SAMPLES, CUT_GRADIENT, *kept})
+        for spec in bundle.manifest.parameters:
+            shape = graph.outputs.get(GRADIENT_PREFIX + spec.name)
             if shape is None or tuple(shape) != spec.shape:
                 raise ModelError(
-                    f"{CLIENT_BACKWARD}: expected an output {GRADIENT_PREFIX + spec.name!r} of "
+                    f"{graph.file}: expected an output {GRADIENT_PREFIX + spec.name!r} of "
                     f"shape {spec.shape}, found {'none' if shape is None else tuple(shape)}"
                 )
 
-
-def _open_session(model: bytes, file: str, threads: int) -> Any:
-    onnxruntime = import_onnxruntime()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = _LOG_ERRORS_ONLY
-    # A pattern reserves all of a pass in one piece, for each batch size anew: measured on a ResNet
-    # stage, twice the memory for no time.
-    options.enable_mem_pattern = False
-    if _share_arena():
-        options.add_session_config_entry("session.use_env_allocators", "1")
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as exc:  # as above
-        raise ModelError(f"{file}: {_one_line(exc)}") from exc
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """Gradients by parameter."""
+        gradients = self.graph.run(list(self._names), feeds)
+        return {n: g.numpy() for n, g in zip(self._names.values(), gradients, strict=True)}
 
 
-def import_onnxruntime() -> Any:
-    """ONNX Runtime, imported now if it is not yet; ConfigError says what to install."""
-    try:
-        import onnxruntime  # noqa: PLC0415 - an agent on torch alone can do without
-    except ImportError as exc:
-        raise ConfigError(
-            "onnxruntime: expected ONNX Runtime to be installed "
-            f"(pip install 'splitfleet[agent]'): {exc}"
-        ) from exc
-    return onnxruntime
-
-
-@cache
-def _share_arena() -> bool:
-    """Have all sessions of the process take memory from one arena; tell whether they can.
-
-    The forward and the backward graph never run at the same time, but each keeps what it once had.
-    """
-    ort = import_onnxruntime()
-    try:
-        memory = ort.OrtMemoryInfo(
-            "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+def _check_inputs(graph: OnnxGraph, bundle: Bundle, others: set[str]) -> None:
+    known = {spec.name for spec in (*bundle.manifest.parameters, *bundle.manifest.buffers)}
+    if foreign := graph.inputs - known - others:
+        expected = ", ".join(sorted(others & {SAMPLES, CUT_GRADIENT}, reverse=True))
+        raise ModelError(
+            f"{graph.file}: input {min(foreign)!r}: expected {expected}, parameters and buffers"
         )
-        arena = ort.OrtArenaCfg(0, _EXTEND_AS_REQUESTED, -1, -1)
-        ort.create_and_register_allocator(memory, arena)
-    except Exception:  # a version without it, or a program that has registered its own
-        return False
-    return True
-
-
-def _one_line(exc: Exception) -> str:
-    return " ".join(str(exc).split())[:300]

@@ -6,13 +6,14 @@ Legend: B samples in the batch, X one sample's shape, A one activation's shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.compute.onnx_backend import OnnxBackward, OnnxForward, import_onnxruntime
+from edge_agent.compute.onnx_backend import OnnxForward, OnnxTrainer
+from edge_agent.compute.onnx_session import import_onnxruntime
 from edge_agent.compute.torch_backend import TorchSegment, import_torch, warm_up_autograd
 from wire.bundle import Bundle, Manifest
 from wire.errors import LocalProtocolError, ModelError
@@ -20,6 +21,9 @@ from wire.errors import LocalProtocolError, ModelError
 # Small passes save memory for nothing: with 2 to 256 MiB a pass, steps of 32 and 128 samples of the
 # small CNNs and a ResNet stage took the same time on ONNX Runtime.
 _ONNX_PASS_BYTES = 16 * 1024 * 1024
+# As much is kept on ONNX Runtime for the backward pass: 38 samples of a ResNet stage. Computing the
+# forward pass of the others again takes a fifth more time and no memory.
+_ONNX_KEPT_BYTES = 96 * 1024 * 1024
 
 
 class SegmentBackend:
@@ -37,9 +41,10 @@ class SegmentBackend:
         self._max_batch_bytes = max_batch_bytes
         self._bundle: Bundle | None = None
         self._onnx: OnnxForward | None = None
-        self._onnx_backward: OnnxBackward | None = None
+        self._onnx_trainer: OnnxTrainer | None = None
         self._torch: TorchSegment | None = None
         self._kept_token: Hashable | None = None
+        self._kept: dict[int, Any] = {}  # by the first row of a micro-batch
 
     @property
     def can_backward(self) -> bool:
@@ -59,13 +64,12 @@ class SegmentBackend:
         weights = bundle.initial_weights()
         forward, backward = self._engines(bundle.manifest)
         onnx = OnnxForward(bundle, threads=self._threads) if forward == "onnxruntime" else None
-        onnx_backward = None
-        if backward == "onnxruntime":
-            onnx_backward = OnnxBackward(bundle, threads=self._threads)
+        trains_on_onnx = backward == "onnxruntime"
+        onnx_trainer = OnnxTrainer(bundle, threads=self._threads) if trains_on_onnx else None
         needs_torch = "torch" in (forward, backward)
         torch = TorchSegment(bundle, threads=self._threads) if needs_torch else None
         self._bundle, self.forward_name = bundle, forward
-        self._onnx, self._onnx_backward, self._torch = onnx, onnx_backward, torch
+        self._onnx, self._onnx_trainer, self._torch = onnx, onnx_trainer, torch
         self.set_weights(weights)
 
     def _engines(self, manifest: Manifest) -> tuple[str, str]:
@@ -79,47 +83,58 @@ class SegmentBackend:
 
     def set_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
         checked = _check_weights(self._loaded(), weights)
-        self._kept_token = None
-        for engine in (self._onnx, self._onnx_backward, self._torch):
+        self._forget_kept()
+        for engine in (self._onnx, self._onnx_trainer, self._torch):
             if engine is not None:
                 engine.set_weights(checked)
 
     def forward(self, x_BX: NDArray[Any], *, token: Hashable | None = None) -> NDArray[Any]:
         manifest = self._loaded().manifest
         x_BX = _check_batch("samples", x_BX, manifest.input.shape)
-        self._kept_token = None
-        if self._onnx is None and self._torch is not None and self._fits_kept(len(x_BX), token):
-            self._kept_token = token
-            return self._torch.forward_kept(x_BX)
-        engine = self._onnx or self._torch
-        assert engine is not None, "a loaded backend has a forward engine"
-        size = self.forward_pass_samples
-        parts = list(_micro_batches(len(x_BX), size))
+        self._forget_kept()
+        keeping = token is not None and self._can_keep
+        parts = list(
+            _micro_batches(
+                len(x_BX), self.backward_pass_samples if keeping else self.forward_pass_samples
+            )
+        )
+        kept_samples = self._kept_samples(parts) if keeping else 0
+        self._kept_token = token if kept_samples else None
         if len(parts) == 1:
-            return engine.forward(x_BX)
+            return self._forward_part(x_BX, parts[0], kept_samples)
         activations_BA = np.empty((len(x_BX), *manifest.activation.shape), np.float32)
         for rows in parts:
-            activations_BA[rows] = engine.forward(x_BX[rows])
+            activations_BA[rows] = self._forward_part(x_BX[rows], rows, kept_samples)
         return activations_BA
+
+    def _forward_part(self, x_BX: NDArray[Any], rows: slice, kept_samples: int) -> NDArray[Any]:
+        if rows.stop <= kept_samples:
+            activations_BA, self._kept[rows.start] = self._trainer().forward_kept(x_BX)
+            return activations_BA
+        engine = self._onnx or self._torch
+        assert engine is not None, "a loaded backend has a forward engine"
+        return engine.forward(x_BX)
 
     def backward(
         self, x_BX: NDArray[Any], grad_BA: NDArray[Any], *, token: Hashable | None = None
     ) -> dict[str, NDArray[Any]]:
         manifest = self._loaded().manifest
-        engine = self._backward_engine()
+        trainer = self._trainer()
         x_BX = _check_batch("samples", x_BX, manifest.input.shape)
         grad_BA = _check_batch("cut gradients", grad_BA, manifest.activation.shape)
         if len(x_BX) != len(grad_BA):
             raise ModelError(f"expected {len(x_BX)} cut gradients, received {len(grad_BA)}")
-        kept, self._kept_token = self._kept_token, None
-        if self._torch is not None and kept is not None and kept == token:
-            return self._torch.backward_kept(grad_BA)
-        size = self.backward_pass_samples
-        if 0 < len(x_BX) <= (size or len(x_BX)):
-            return engine.backward(x_BX, grad_BA)
+        if token is None or token != self._kept_token:
+            self._forget_kept()  # first, so that two passes' values never stand side by side
+        parts = list(_micro_batches(len(x_BX), self.backward_pass_samples))
         total: dict[str, NDArray[Any]] = {}
-        for rows in _micro_batches(len(x_BX), size):
-            _add_into(total, engine.backward(x_BX[rows], grad_BA[rows]))
+        for rows in parts:
+            part = trainer.backward(x_BX[rows], grad_BA[rows], self._kept.pop(rows.start, None))
+            if len(parts) == 1:
+                total = part
+            else:
+                _add_into(total, part)
+        self._kept_token = None
         return total or {p.name: np.zeros(p.shape, np.float32) for p in manifest.parameters}
 
     @property
@@ -133,7 +148,7 @@ class SegmentBackend:
     def backward_pass_samples(self) -> int | None:
         """Samples in one backward pass of the loaded bundle; None: any number."""
         manifest = self._loaded().manifest
-        if self._onnx_backward is None:
+        if self._onnx_trainer is None:
             return self._pass_samples(manifest.backward_bytes_per_sample, on_onnx=False)
         per_sample = manifest.onnx_backward_bytes_per_sample or manifest.backward_bytes_per_sample
         return self._pass_samples(per_sample, on_onnx=True)
@@ -143,33 +158,51 @@ class SegmentBackend:
             raise LocalProtocolError("a backend was used before a bundle was loaded")
         return self._bundle
 
-    def _backward_engine(self) -> OnnxBackward | TorchSegment:
-        manifest = self._loaded().manifest
-        engine = self._onnx_backward or self._torch
-        if engine is None or manifest.frozen or not self.can_backward:
+    def _trainer(self) -> OnnxTrainer | TorchSegment:
+        trainer = self._onnx_trainer or self._torch
+        if trainer is None or self._loaded().manifest.frozen or not self.can_backward:
             raise LocalProtocolError("a backward pass was asked of a backend that has none")
-        return engine
+        return trainer
+
+    @property
+    def _can_keep(self) -> bool:
+        """Whether one engine runs both passes, and can keep what the first has made."""
+        if self._loaded().manifest.frozen or self.forward_name != self.backward_name:
+            return False
+        return self._trainer().can_keep
 
     def _pass_samples(self, bytes_per_sample: int, *, on_onnx: bool) -> int | None:
         """Samples whose intermediate values fit, at least one; None: any number."""
         limit_bytes = self._max_batch_bytes
         if on_onnx:
-            # Each pass also writes all gradients: it should have more to do than that.
-            parameters = self._loaded().manifest.parameters
-            parameter_bytes = sum(4 * math.prod(spec.shape) for spec in parameters)
-            pass_bytes = max(_ONNX_PASS_BYTES, 4 * parameter_bytes)
+            pass_bytes = self._onnx_pass_bytes
             limit_bytes = min(pass_bytes, limit_bytes or pass_bytes)
         if limit_bytes is None:
             return None
         return max(1, limit_bytes // max(1, bytes_per_sample))
 
-    def _fits_kept(self, samples: int, token: Hashable | None) -> bool:
-        """Whether the forward pass may keep its graph: only a whole batch within the limit."""
-        trains = self.backward_name == "torch" and not self._loaded().manifest.frozen
-        if token is None or not trains or samples == 0:
-            return False
-        size = self.backward_pass_samples
-        return size is None or samples <= size
+    @property
+    def _onnx_pass_bytes(self) -> int:
+        # Each pass also writes all gradients: it should have more to do than that.
+        parameters = self._loaded().manifest.parameters
+        return max(_ONNX_PASS_BYTES, 4 * sum(4 * math.prod(spec.shape) for spec in parameters))
+
+    def _kept_samples(self, parts: Sequence[slice]) -> int:
+        """How many samples' values are kept for the backward pass: those of whole passes, and no
+        more than leave room for another pass."""
+        if self._onnx_trainer is None:  # a pass of torch takes all the room there is
+            return parts[0].stop if len(parts) == 1 else 0
+        limit_bytes = _ONNX_KEPT_BYTES
+        if self._max_batch_bytes is not None:
+            another_pass = self._onnx_pass_bytes if len(parts) > 1 else 0
+            limit_bytes = min(limit_bytes, self._max_batch_bytes - another_pass)
+        per_sample = self._loaded().manifest.onnx_kept_bytes_per_sample
+        fitting = (rows.stop for rows in parts if rows.stop * per_sample <= limit_bytes)
+        return max(fitting, default=0)
+
+    def _forget_kept(self) -> None:
+        self._kept_token = None
+        self._kept.clear()
 
 
 def _micro_batches(samples: int, size: int | None) -> Iterator[slice]:

@@ -48,6 +48,8 @@ class _Ref:
 class TorchSegment:
     """A client segment on torch, on the CPU."""
 
+    can_keep = True
+
     def __init__(self, bundle: Bundle, *, threads: int) -> None:
         self._torch = import_torch()
         self._torch.set_num_threads(threads)
@@ -57,7 +59,6 @@ class TorchSegment:
         self._output = graph.output
         self._parameters = [spec.name for spec in bundle.manifest.parameters]
         self._weights: dict[str, torch.Tensor] = {}
-        self._kept_BA: torch.Tensor | None = None
 
     def set_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
         """Take weights by name, in their own types; those absent keep their values.
@@ -65,35 +66,30 @@ class TorchSegment:
         Memory that may be written becomes the segment's own: a copy would be the third of each
         step's weights.
         """
-        self._kept_BA = None
         for name, array in weights.items():
             self._weights[name] = self._tensor(array).requires_grad_(name in self._parameters)
 
     def forward(self, x_BX: NDArray[Any]) -> NDArray[Any]:
         """Activations of one micro-batch; nothing is kept."""
-        self._kept_BA = None
         with self._torch.no_grad():
             return _read_only(self._run(x_BX).numpy())
 
-    def forward_kept(self, x_BX: NDArray[Any]) -> NDArray[Any]:
-        """Activations of one micro-batch; ``backward_kept`` can follow, once."""
-        self._kept_BA = None  # first, so that two graphs never stand side by side
-        with self._torch.enable_grad():
-            self._kept_BA = self._run(x_BX)
-        return _read_only(self._kept_BA.detach().numpy())
-
-    def backward_kept(self, grad_BA: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        """Parameter gradients for the batch of the last ``forward_kept``."""
-        activations_BA, self._kept_BA = self._kept_BA, None
-        assert activations_BA is not None, "backward_kept needs forward_kept before it"
-        return self._gradients(activations_BA, grad_BA)
-
-    def backward(self, x_BX: NDArray[Any], grad_BA: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        """Parameter gradients for one micro-batch, whose forward pass is computed again."""
-        self._kept_BA = None
+    def forward_kept(self, x_BX: NDArray[Any]) -> tuple[NDArray[Any], torch.Tensor]:
+        """Activations of one micro-batch, and what ``backward`` can take in place of its own
+        forward pass, once: they carry the graph."""
         with self._torch.enable_grad():
             activations_BA = self._run(x_BX)
-        return self._gradients(activations_BA, grad_BA)
+        return _read_only(activations_BA.detach().numpy()), activations_BA
+
+    def backward(
+        self, x_BX: NDArray[Any], grad_BA: NDArray[Any], kept: torch.Tensor | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Parameter gradients for one micro-batch; without ``kept`` its forward pass is computed
+        again."""
+        if kept is None:
+            with self._torch.enable_grad():
+                kept = self._run(x_BX)
+        return self._gradients(kept, grad_BA)
 
     def _gradients(
         self, activations_BA: torch.Tensor, grad_BA: NDArray[Any]

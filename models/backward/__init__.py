@@ -6,6 +6,6 @@ ONNX has no gradient operators that ONNX Runtime's wheels run; each is compared 
 tests and again at every export.
 """
 
-from models.backward.derive import derive_backward
+from models.backward.derive import BackwardGraphs, derive_backward
 
-__all__ = ["derive_backward"]
+__all__ = ["BackwardGraphs", "derive_backward"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import onnx
@@ -12,17 +13,23 @@ from torch import fx
 
 from models.backward import convolution, elementwise, normalisation, pooling, shaping
 from models.backward.calls import Call, Pullback, Rule, Term, refusal
-from models.backward.graph import GraphBuilder, Shape
+from models.backward.graph import ANY_SIZE, GraphBuilder, Shape
+from models.backward.keeping import cut_in_two
 from models.program import (
     GRAD_OUT,
     GRADIENT_PREFIX,
     INPUT,
+    KEPT_PREFIX,
+    OUTPUT,
     SegmentProgram,
     layer_kind,
     layer_name,
     output_node,
     used_nodes,
 )
+from models.value_infos import infer_values
+
+_Output = tuple[str, Shape]  # a model's output: the value that it is, and its shape
 
 RULES: dict[str, Rule] = {
     **elementwise.RULES,
@@ -53,35 +60,54 @@ _INSTEAD = {
 }
 
 
-def derive_backward(program: SegmentProgram, *, opset: int) -> onnx.ModelProto:
-    """The graph (parameters..., buffers..., x, grad_out) -> gradients of the parameters.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackwardGraphs:
+    """A segment's backward pass, with the names that the forward graph has for its inputs.
 
-    Inputs have the names that the forward graph has, and ``grad_out``; outputs are named
-    ``grad.PARAMETER``. It computes the forward pass again. Raises ModelError naming the layer for
-    which there is no rule.
+    ``whole``: (parameters..., buffers..., x, grad_out) -> ``grad.PARAMETER``...; it computes the
+    forward pass again. The same in two halves, for devices that have memory in between:
+    ``forward``: (parameters..., buffers..., x) -> activations, ``kept.0``, ``kept.1``, ...;
+    ``backward``: (those of parameters..., buffers..., x, grad_out that it needs, ``kept.0``, ...)
+    -> ``grad.PARAMETER``....
     """
-    return _Derivation(program).run(opset)
+
+    whole: onnx.ModelProto
+    forward: onnx.ModelProto
+    backward: onnx.ModelProto
+
+
+def derive_backward(program: SegmentProgram, *, opset: int) -> BackwardGraphs:
+    """The segment's gradients as graphs of plain ONNX operators.
+
+    Raises ModelError naming the layer for which there is no rule.
+    """
+    return _Derivation(program, opset).run()
 
 
 class _Derivation:
     """The forward pass written once, in order, then its rules' backward passes in reverse."""
 
-    def __init__(self, program: SegmentProgram) -> None:
+    def __init__(self, program: SegmentProgram, opset: int) -> None:
         self._program = program
         self._graph = program.exported.graph_module.graph
-        self._builder = GraphBuilder(reserved=[*program.names, INPUT, GRAD_OUT])
+        self._builder = GraphBuilder(reserved=[*program.names, INPUT, GRAD_OUT], opset=opset)
         self._terms: dict[fx.Node, Term] = {}
         self._tape: list[tuple[Term, Pullback]] = []
         self._gradients: dict[str, list[str]] = {}
 
-    def run(self, opset: int) -> onnx.ModelProto:
+    def run(self) -> BackwardGraphs:
         used = used_nodes(self._graph)
         self._bind_inputs(used)
         for node in self._graph.nodes:
             if node in used and node.op == "call_function":
                 self._forward(node)
-        self._backward(self._terms[output_node(self._graph)])
-        return self._finish(opset)
+        result = self._terms[output_node(self._graph)]
+        self._backward(result)
+        gradients = self._collect_gradients()
+        return BackwardGraphs(
+            whole=self._build_whole(result, gradients),
+            **self._build_halves(result, gradients),
+        )
 
     def _bind_inputs(self, used: set[fx.Node]) -> None:
         """Placeholders as terms; literal tensors become constants of the graph."""
@@ -166,23 +192,54 @@ class _Derivation:
             total = self._builder.op("Add", total, part)
         return total
 
-    def _finish(self, opset: int) -> onnx.ModelProto:
-        program = self._program
-        (samples,) = (node for node in self._terms if self._terms[node].value == INPUT)
-        (result,) = (self._terms[node] for node in [output_node(self._graph)])
+    def _collect_gradients(self) -> dict[str, _Output]:
+        """The models' outputs for all parameters: zeros for one that the result does not need."""
         totals = {
             term.value: total
             for node, term in self._terms.items()
             if node.op == "placeholder" and (total := self._total(term)) is not None
         }
-        shapes: dict[str, Shape] = {name: tuple(t.shape) for name, t in program.parameters.items()}
-        outputs = {
+        shapes: dict[str, Shape] = {
+            name: tuple(tensor.shape) for name, tensor in self._program.parameters.items()
+        }
+        return {
             f"{GRADIENT_PREFIX}{name}": (totals.get(name) or self._zeros(shape), shape)
             for name, shape in shapes.items()
         }
-        shapes |= {name: tuple(tensor.shape) for name, tensor in program.buffers.items()}
-        shapes |= {INPUT: self._terms[samples].shape, GRAD_OUT: result.shape}
-        return self._builder.finish("client_backward", shapes, outputs, opset)
+
+    def _inputs(self, result: Term) -> dict[str, Shape]:
+        program = self._program
+        (samples,) = (node for node in self._terms if self._terms[node].value == INPUT)
+        weights = {**program.parameters, **program.buffers}
+        shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        return shapes | {INPUT: self._terms[samples].shape, GRAD_OUT: result.shape}
+
+    def _build_whole(self, result: Term, gradients: dict[str, _Output]) -> onnx.ModelProto:
+        nodes = self._builder.needed_for(*_values(gradients))
+        inputs = self._inputs(result)
+        return self._builder.model("client_backward", nodes, inputs, gradients)
+
+    def _build_halves(
+        self, result: Term, gradients: dict[str, _Output]
+    ) -> dict[str, onnx.ModelProto]:
+        g, inputs = self._builder, self._inputs(result)
+        cut = cut_in_two(
+            g.needed_for(result.value), g.needed_for(*_values(gradients)), samples=INPUT
+        )
+        first = {name: inputs[name] for name in inputs if name != GRAD_OUT}
+        outputs: dict[str, _Output] = {OUTPUT: (result.value, result.shape)}
+        name = "client_forward_kept"
+        found = _infer_shapes(g.model(name, cut.forward, first, outputs))
+        values = {f"{KEPT_PREFIX}{n}": value for n, value in enumerate(cut.kept)}
+        kept = {name: (value, found[value][0]) for name, value in values.items()}
+        kinds = {name: found[value][1] for name, value in values.items()}
+        forward = g.model(name, cut.forward, first, outputs | kept, kinds)
+        nodes = [*g.renamings({value: name for name, value in values.items()}), *cut.backward]
+        used = {value for node in nodes for value in node.input}
+        second = {name: inputs[name] for name in inputs if name in used}
+        second |= {name: shape for name, (_, shape) in kept.items()}
+        backward = g.model("client_backward_kept", nodes, second, gradients, kinds)
+        return {"forward": forward, "backward": backward}
 
     def _zeros(self, shape: Shape) -> str:
         """The gradient of a parameter on which the result does not depend."""
@@ -208,3 +265,23 @@ def _terms_of(arguments: Iterable[object]) -> Iterator[Term]:
             yield argument
         elif isinstance(argument, list):
             yield from _terms_of(argument)
+
+
+def _infer_shapes(model: onnx.ModelProto) -> dict[str, tuple[Shape, int]]:
+    """Shape and type of all values that the model computes, from two batches."""
+    at_one, at_two = (infer_values(model, batch) for batch in (1, 2))
+    shapes = {
+        name: tuple(_follow(*both) for both in zip(value.sizes, at_two[name].sizes, strict=True))
+        for name, value in at_one.items()
+    }
+    return {name: (shapes[name], value.kind) for name, value in at_one.items()}
+
+
+def _follow(at_one: int, at_two: int) -> int | None:
+    if at_one == at_two:
+        return at_one
+    return None if (at_one, at_two) == (1, 2) else ANY_SIZE
+
+
+def _values(outputs: dict[str, _Output]) -> list[str]:
+    return [value for value, _ in outputs.values()]

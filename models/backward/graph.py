@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 Shape = tuple[int | None, ...]
-"""Sizes of a value; None is one that follows the batch."""
+"""Sizes of a value; None is one that follows the batch, ``ANY_SIZE`` one that is not known."""
+
+ANY_SIZE = -1
 
 _IR_VERSION = 9  # of opset 18's time, so that older runtimes read it too
 
@@ -23,7 +25,8 @@ class GraphBuilder:
     what they need without knowing of each other.
     """
 
-    def __init__(self, reserved: Collection[str]) -> None:
+    def __init__(self, reserved: Collection[str], *, opset: int) -> None:
+        self._opset = opset
         self._reserved = frozenset(reserved)
         self._nodes: list[onnx.NodeProto] = []
         self._made: dict[object, tuple[str, ...]] = {}
@@ -115,29 +118,46 @@ class GraphBuilder:
         pads = self.ints([begin for begin, _ in amounts] + [end for _, end in amounts])
         return self.op("Pad", value, pads, self.scalar(fill), self.ints(axes))
 
-    def finish(
-        self, name: str, inputs: dict[str, Shape], outputs: dict[str, tuple[str, Shape]], opset: int
-    ) -> onnx.ModelProto:
-        """The model: float32 inputs by name, outputs as name to value and shape.
+    def needed_for(self, *values: str) -> list[onnx.NodeProto]:
+        """The nodes that these values depend on, in order."""
+        wanted = set(values)
+        needed: list[onnx.NodeProto] = []
+        for node in reversed(self._nodes):
+            if wanted.intersection(node.output):
+                needed.append(node)
+                wanted.update(node.input)
+        return needed[::-1]
 
-        Nodes that no output needs are left out.
+    def model(
+        self,
+        name: str,
+        nodes: Sequence[onnx.NodeProto],
+        inputs: Mapping[str, Shape],
+        outputs: Mapping[str, tuple[str, Shape]],
+        kinds: Mapping[str, int] | None = None,
+    ) -> onnx.ModelProto:
+        """A model of these nodes: inputs by name, outputs as name to value and shape.
+
+        ``kinds`` has the types of those that are not float32.
         """
-        renamed = [
-            helper.make_node("Identity", [value], [output])
-            for output, (value, _) in outputs.items()
-        ]
-        nodes = _needed([*self._nodes, *renamed], set(outputs))
+        nodes = [*nodes, *self.renamings({output: value for output, (value, _) in outputs.items()})]
         used = {value for node in nodes for value in node.input}
         graph = helper.make_graph(
             nodes,
             name,
-            [_describe(value, shape) for value, shape in inputs.items()],
-            [_describe(output, shape) for output, (_, shape) in outputs.items()],
+            [_describe(value, shape, kinds) for value, shape in inputs.items()],
+            [_describe(output, shape, kinds) for output, (_, shape) in outputs.items()],
             [tensor for value, tensor in self._constants.items() if value in used],
         )
         return helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=_IR_VERSION
+            graph, opset_imports=[helper.make_opsetid("", self._opset)], ir_version=_IR_VERSION
         )
+
+    @staticmethod
+    def renamings(values: Mapping[str, str]) -> list[onnx.NodeProto]:
+        """Nodes that give values, by their new names, another name."""
+        pairs = ((name, value) for name, value in values.items() if name != value)
+        return [helper.make_node("Identity", [value], [name]) for name, value in pairs]
 
     def _new_name(self, kind: str) -> str:
         while True:
@@ -147,16 +167,8 @@ class GraphBuilder:
                 return name
 
 
-def _needed(nodes: list[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
-    wanted = set(outputs)
-    kept: list[onnx.NodeProto] = []
-    for node in reversed(nodes):
-        if wanted.intersection(node.output):
-            kept.append(node)
-            wanted.update(node.input)
-    return kept[::-1]
-
-
-def _describe(name: str, shape: Shape) -> onnx.ValueInfoProto:
-    sizes = ["batch" if size is None else size for size in shape]
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes)
+def _describe(name: str, shape: Shape, kinds: Mapping[str, int] | None) -> onnx.ValueInfoProto:
+    words: dict[int | None, str | None] = {None: "batch", ANY_SIZE: None}
+    sizes = [words.get(size, size) for size in shape]
+    kind = (kinds or {}).get(name, TensorProto.FLOAT)
+    return helper.make_tensor_value_info(name, kind, sizes)
