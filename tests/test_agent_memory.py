@@ -86,9 +86,9 @@ def step_peak_bytes(path: Path, max_batch_bytes: int) -> tuple[int, int, int]:
 def test_resnet_step_of_128_samples_stays_below_350_mb(resnet: tuple[Path, Bundle]) -> None:
     """The whole process, with samples, activations and messages: those are 180 MB of it.
 
-    Unsplit, the intermediate values alone would take most of a gigabyte.
+    Unsplit, the intermediate values alone would take more than half a gigabyte.
     """
     path, bundle = resnet
-    assert BATCH * bundle.manifest.onnx_backward_bytes_per_sample > 600 * MB
+    assert BATCH * bundle.manifest.onnx_backward_bytes_per_sample > 550 * MB
     peak, _, _ = step_peak_bytes(path, DEFAULT_MAX_BATCH_BYTES)
     assert peak <= 350 * MB

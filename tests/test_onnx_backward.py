@@ -116,6 +116,22 @@ def test_layers_have_the_gradients_of_autograd(layers: dict[str, nn.Module]) -> 
     assert_same_gradients(split_body(Beside(layers, nn.Conv2d), IMAGE))
 
 
+TALL: dict[str, nn.Module] = {  # little padding for their rows: the gradient is moved over them
+    "three": nn.Conv2d(4, 4, 3, padding=1),
+    "uneven": nn.Conv2d(4, 5, (2, 3), padding=(1, 0), stride=(1, 2), bias=False),
+    "dilation": nn.Conv2d(4, 3, (3, 2), padding=(2, 1), dilation=(2, 1)),
+    "no_padding": nn.Conv2d(4, 12, (3, 4)),
+}
+
+
+def test_convolutions_over_tall_images_have_the_gradients_of_autograd() -> None:
+    derived = assert_same_gradients(split_body(Beside(TALL, nn.Conv2d), (4, 40, 7)))
+    graph = onnx.load_from_string(derived.graph).graph
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    axes = [list(constants[node.input[3]]) for node in graph.node if node.op_type == "Pad"]
+    assert axes.count([1]) == (3 + 2 + 3 + 3) + 4 * 3  # rows of kernels: of these, of those before
+
+
 def test_layers_over_time_have_the_gradients_of_autograd() -> None:
     assert_same_gradients(split_body(Beside(LAYERS_1D, nn.Conv1d), SIGNAL))
 

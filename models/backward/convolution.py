@@ -16,6 +16,7 @@ from models.backward.calls import Call, Pullback, Rule, Term
 from models.backward.graph import GraphBuilder
 from models.backward.windows import Ints, Windows, spatial
 
+_MOST_PADDING = 1 / 8  # of the rows that a product of matrices may have for nothing
 _LEAST_ROWS = 16  # of a matrix; products of smaller ones cost more in calls than in arithmetic
 
 
@@ -133,15 +134,49 @@ def _weight_gradient(g: GraphBuilder, image: str, grad: str, weight: Term, windo
     outputs, inputs, *kernel = _known(weight)
     swapped = [1, 0, *windows.axes]
     turned = g.transpose(windows.padded(g, image), swapped)
-    rows = g.transpose(grad, swapped)
     if windows.groups > 1:
-        product = _grouped_product(g, turned, rows, weight, windows)
+        product = _grouped_product(g, turned, g.transpose(grad, swapped), weight, windows)
+    elif _gradient_is_cheaper_to_move(windows, inputs, outputs):
+        product = _product_by_gradient_rows(g, turned, grad, weight, windows)
     else:
-        product = _product(g, turned, g.reshape(rows, (outputs, None)), inputs, windows)
+        rows_DL = g.reshape(g.transpose(grad, swapped), (outputs, None))
+        product = _product(g, turned, rows_DL, inputs, windows)
     # Two steps over two axes each take an eighth of the time of one over all.
     flat = g.reshape(product, (windows.cells * inputs, outputs))
     outputs_first = g.reshape(g.transpose(flat, [1, 0]), (outputs, windows.cells, inputs))
     return g.reshape(g.transpose(outputs_first, [0, 2, 1]), (outputs, inputs, *kernel))
+
+
+def _gradient_is_cheaper_to_move(windows: Windows, inputs: int, outputs: int) -> bool:
+    """Whether windows lie on every row, the gradient has fewer channels than the image's stacked
+    cells, and the rows that are only padding cost little."""
+    if len(windows.kernel) != 2 or windows.kernel[0] == 1 or windows.stride[0] != 1:
+        return False
+    if outputs > inputs * windows.kernel[1]:
+        return False
+    return windows.padded_sizes[0] <= windows.outputs[0] * (1 + _MOST_PADDING)
+
+
+def _product_by_gradient_rows(
+    g: GraphBuilder, turned: str, grad: str, weight: Term, windows: Windows
+) -> str:
+    """(K C, D): the gradient is moved from row to row against an image that stays.
+
+    Whole rows of it are one piece of memory, and the image is copied once for each column of a
+    window, not for each cell: a tenth less time for the backward pass of a ResNet stage.
+    """
+    outputs, inputs = _known(weight)[:2]
+    rows, columns = windows.axes
+    stacked = g.concat(windows.views(g, turned, [columns]), axis=0)
+    image = g.reshape(stacked, (inputs * windows.kernel[1], None))
+    last = g.transpose(grad, [0, rows, columns, 1])
+    added = windows.padded_sizes[0] - windows.outputs[0]
+    products = []
+    for cell in range(windows.kernel[0]):
+        above = cell * windows.dilation[0]
+        moved = g.pad(last, [1], [(above, added - above)])
+        products.append(g.op("Gemm", image, g.reshape(moved, (None, outputs))))
+    return g.concat(products, axis=0)
 
 
 def _product(g: GraphBuilder, turned: str, rows_DL: str, inputs: int, windows: Windows) -> str:

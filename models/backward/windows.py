@@ -40,6 +40,11 @@ class Windows:
         return tuple((o - 1) * s + span - begin - i for o, s, span, begin, i in rows)
 
     @property
+    def padded_sizes(self) -> Ints:
+        """The sizes of ``padded``, which the windows cover exactly."""
+        return tuple(map(sum, zip(self.inputs, self.begin, self.end, strict=True)))
+
+    @property
     def cells(self) -> int:
         """Values in a window."""
         return math.prod(self.kernel)
