@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-from coordinator.bound_process import start_bound_process
-
-STOP_TIMEOUT_S = 10.0
+from coordinator.bound_process import end_processes, start_bound_process
 
 
 class BenchmarkError(Exception):
@@ -49,14 +47,7 @@ class Processes:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        for process in self._processes.values():
-            process.terminate()
-        for process in self._processes.values():
-            try:
-                process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        end_processes(self._processes.values())
 
     def _log(self, name: str) -> Path:
         return self._directory / f"{name}.log"

@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+STOP_TIMEOUT_S = 10.0
 
 _PR_SET_PDEATHSIG = 1
 _TCP_LISTEN = "0A"
@@ -31,6 +33,21 @@ def start_bound_process(
         start_new_session=True,
         preexec_fn=_bind_to_parent(),  # noqa: PLW1509 - one system call, nothing that locks
     )
+
+
+def end_processes(
+    processes: Iterable[subprocess.Popen[bytes]], *, timeout_s: float = STOP_TIMEOUT_S
+) -> None:
+    """Ask all of them to end, then wait for each; one that has not in time is killed."""
+    waiting = list(processes)
+    for process in waiting:
+        process.terminate()
+    for process in waiting:
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _bind_to_parent() -> Callable[[], None] | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.allocation import Policy
-from coordinator.bound_process import start_bound_process
+from coordinator.bound_process import end_processes, start_bound_process
 from coordinator.broker import BrokerKind, embedded_broker
 from coordinator.config import CheckpointSettings, NetworkSettings, RunSettings
 from coordinator.optimisers import OptimiserSettings
@@ -49,7 +48,6 @@ from wire.messages import Precision
 from wire.mqtt import MqttSettings
 
 FLEET = "demo"
-STOP_TIMEOUT_S = 10.0
 TEST_SHARE = 0.2
 RUN_FILES = ("steps.jsonl", "summary.json", "summary.png", "client.bundle")
 
@@ -253,15 +251,7 @@ class AgentProcesses:
 
     def __exit__(self, *_exc: object) -> None:
         self._ending.set()
-        for process in self._processes.values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        for process in self._processes.values():
-            try:
-                process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        end_processes(self._processes.values())
         self._watcher.join()
 
     def raise_if_failed(self) -> None:

@@ -283,26 +283,17 @@ def ask_broker(settings: RunSettings) -> int:
 
     Raises TransportError if the broker does not answer or refuses, ConfigError for settings.
     """
-    from wire.inbox import Inbox  # noqa: PLC0415
-    from wire.mqtt import MqttConnection, wait_for_connection  # noqa: PLC0415
+    from wire.brief_connection import brief_connection  # noqa: PLC0415
+    from wire.topics import build_client_id  # noqa: PLC0415
 
-    inbox = Inbox()
-    connection = MqttConnection(
+    attempt = brief_connection(
         msgspec.structs.replace(settings.mqtt, session_expiry_s=0),
-        client_id=f"{settings.fleet}-coordinator-doctor",
+        client_id=build_client_id(settings.fleet, purpose="doctor"),
         fleet=settings.fleet,
-        subscriptions=[],
-        inbox=inbox,
-        next_boot=lambda: 0,
-        build_will=None,
+        timeout_s=BROKER_TIMEOUT_S,
     )
-    with _silent("wire.mqtt"):
-        connection.start()
-        try:
-            wait_for_connection(inbox, BROKER_TIMEOUT_S)
-            return connection.max_payload_bytes
-        finally:
-            connection.stop()
+    with _silent("wire.mqtt"), attempt as (connection, _):
+        return connection.max_payload_bytes
 
 
 @contextlib.contextmanager

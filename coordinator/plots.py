@@ -7,7 +7,8 @@ https://jfly.uni-koeln.de/color/
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,18 @@ def build_figure(
     summary: RunSummary, steps: list[StepRecord], chance: float | None = None
 ) -> Figure:
     """The picture; ``chance`` is the deviation that uniform batches have, None if not known."""
+    with new_figure(_title(summary)) as figure:
+        grid = figure.add_gridspec(2, 3, height_ratios=(1.0, 1.15))
+        _draw_loss(figure.add_subplot(grid[0, 0]), steps)
+        _draw_accuracy(figure.add_subplot(grid[0, 1]), summary, steps)
+        _draw_deviation(figure.add_subplot(grid[0, 2]), steps, chance)
+        _draw_allocation(figure, figure.add_subplot(grid[1, :]), summary, steps)
+    return figure
+
+
+@contextmanager
+def new_figure(title: str) -> Iterator[Figure]:
+    """An empty figure in our style; its panels are to be drawn inside."""
     from matplotlib import rc_context  # noqa: PLC0415 - takes a second, and only this needs it
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
@@ -73,13 +86,8 @@ def build_figure(
         # No pyplot: it would keep the figure, and choose a backend for the whole process.
         figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout=layout)
         FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(2, 3, height_ratios=(1.0, 1.15))
-        figure.suptitle(_title(summary), fontsize=12.5, fontweight="bold")
-        _draw_loss(figure.add_subplot(grid[0, 0]), steps)
-        _draw_accuracy(figure.add_subplot(grid[0, 1]), summary, steps)
-        _draw_deviation(figure.add_subplot(grid[0, 2]), steps, chance)
-        _draw_allocation(figure, figure.add_subplot(grid[1, :]), summary, steps)
-    return figure
+        figure.suptitle(title, fontsize=12.5, fontweight="bold")
+        yield figure
 
 
 def read_summary(directory: Path) -> RunSummary:

@@ -19,11 +19,10 @@ from edge_agent.measuring.timing import time_steps
 from edge_agent.slots import find_file_in_use
 from edge_agent.start import build_settings_backend
 from edge_agent.worker import Worker
+from wire.brief_connection import brief_connection
 from wire.bundle import Bundle
 from wire.errors import ConfigError, ModelError, TransportError
 from wire.exit_codes import ExitCode
-from wire.inbox import Inbox
-from wire.mqtt import MqttConnection, wait_for_connection
 from wire.signing import load_trusted_keys
 from wire.topics import build_client_id
 
@@ -244,21 +243,11 @@ def _bundle_lines(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _try_broker(settings: AgentSettings) -> str | None:
     """Connect under another client id, so that a running agent keeps its connection."""
-    inbox = Inbox()
-    connection = MqttConnection(
-        settings.mqtt,
-        client_id=build_client_id(settings.fleet, settings.device, purpose="check"),
-        fleet=settings.fleet,
-        subscriptions=[],
-        inbox=inbox,
-        next_boot=lambda: 0,
-        build_will=None,
-    )
-    connection.start()
+    client_id = build_client_id(settings.fleet, settings.device, purpose="check")
     try:
-        wait_for_connection(inbox, BROKER_TIMEOUT_S)
+        with brief_connection(
+            settings.mqtt, client_id=client_id, fleet=settings.fleet, timeout_s=BROKER_TIMEOUT_S
+        ):
+            return None
     except TransportError as exc:
         return str(exc)
-    finally:
-        connection.stop()
-    return None

@@ -16,16 +16,9 @@ from edge_agent.config import (
     ComputeSettings,
     load_agent_settings,
 )
-from wire import __version__
-from wire.command import configure_logging, run_command, stop_on_signals
+from wire.command import build_app, configure_logging, run_command, stop_on_signals
 
-app = typer.Typer(
-    name="edge-agent",
-    help="Train the client segment of a network on this device's own samples.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = build_app("edge-agent", "Train the client segment of a network on this device's own samples.")
 
 ConfigOption = Annotated[str, typer.Option("-c", "--config", help="The agent's YAML file.")]
 DeviceOption = Annotated[str | None, typer.Option(help="Device id, instead of the file's.")]
@@ -45,15 +38,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 bundle_app = typer.Typer(help="Look at a bundle file, or check it.", no_args_is_help=True)
 app.add_typer(bundle_app, name="bundle")
-
-
-@app.callback(invoke_without_command=True)
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if version:
-        typer.echo(f"edge-agent {__version__}")
-        raise typer.Exit
 
 
 @app.command()

@@ -8,10 +8,34 @@ import sys
 import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from wire import __version__
 from wire.errors import ConfigError, ModelError, SplitfleetError, TransportError
 from wire.exit_codes import ExitCode
+
+
+def build_app(name: str, summary: str) -> typer.Typer:
+    """A command-line application with ``--version``, to which commands are added."""
+    app = typer.Typer(
+        name=name,
+        help=summary,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+
+    @app.callback(invoke_without_command=True)
+    def _root(
+        version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    ) -> None:
+        if version:
+            typer.echo(f"{name} {__version__}")
+            raise typer.Exit
+
+    return app
 
 
 def run_command(command: Callable[[], Any]) -> None:

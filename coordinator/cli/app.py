@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from coordinator.cli import (
     broker_config,
     demo,
@@ -20,27 +16,9 @@ from coordinator.cli import (
     study,
     train,
 )
-from wire import __version__
-from wire.command import run_command
+from wire.command import build_app, run_command
 
-app = typer.Typer(
-    name="coordinator",
-    help="Train a network together with a fleet of edge agents, over MQTT.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-
-@app.callback(invoke_without_command=True)
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if version:
-        typer.echo(f"coordinator {__version__}")
-        raise typer.Exit
-
-
+app = build_app("coordinator", "Train a network together with a fleet of edge agents, over MQTT.")
 app.command()(demo.demo)
 app.command()(train.train)
 app.command()(serve.serve)

@@ -22,11 +22,12 @@ from coordinator.rollout.requests import (
     decode_envelope,
     encode_envelope,
 )
+from wire.brief_connection import brief_connection
 from wire.codec import encode_tensors, exact
 from wire.errors import ConfigError, ModelError, PeerProtocolError, TransportError
 from wire.inbox import Disconnected, Inbox, Received
 from wire.messages import ChunkHeader, build_metadata
-from wire.mqtt import MqttConnection, MqttSettings, wait_for_connection
+from wire.mqtt import MqttConnection, MqttSettings
 from wire.topics import Channel, build_client_id, operator_subscriptions
 
 R = TypeVar("R", bound=Reply)
@@ -128,20 +129,12 @@ def _expect(reply: Reply, reply_type: type[R]) -> R:
 def operator_client(settings: MqttSettings, fleet: str) -> Iterator[OperatorClient]:
     """Connect as an operator; raises TransportError if the broker does not answer."""
     name = f"op-{secrets.token_hex(6)}"
-    inbox = Inbox()
-    connection = MqttConnection(
+    with brief_connection(
         settings,
         client_id=build_client_id(fleet, purpose=name),
         fleet=fleet,
         subscriptions=operator_subscriptions(fleet, name),
-        inbox=inbox,
-        next_boot=lambda: 0,
-        build_will=None,
-    )
-    connection.start()
-    try:
-        wait_for_connection(inbox, CONNECT_S)
+        timeout_s=CONNECT_S,
+    ) as (connection, inbox):
         where = f"fleet {fleet!r} at {settings.host}:{settings.port}"
         yield OperatorClient(connection, inbox, name, where)
-    finally:
-        connection.stop()

@@ -15,13 +15,11 @@ from numpy.typing import NDArray
 
 from coordinator.allocation.budget import chance_deviation
 from coordinator.plots import (
-    DPI,
     HEAT_COLOURS,
     MOST_COLUMNS,
     MOST_ROWS,
-    SIZE_INCHES,
     group_edges,
-    plot_style,
+    new_figure,
     smooth,
 )
 from coordinator.simulation.comparison import Comparison
@@ -79,17 +77,8 @@ def write_plot(picture: Picture, path: Path) -> None:
 
 def build_figure(picture: Picture) -> Figure:
     """Three panels: delta sweep, deviation over the epoch, heat map."""
-    from matplotlib import rc_context  # noqa: PLC0415 - takes a second, and only this needs it
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-    from matplotlib.figure import Figure  # noqa: PLC0415
-    from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: PLC0415
-
-    layout = ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.09)
-    with rc_context(plot_style()):
-        figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout=layout)
-        FigureCanvasAgg(figure)
+    with new_figure(_title(picture)) as figure:
         grid = figure.add_gridspec(2, 2, height_ratios=(1.15, 1.0))
-        figure.suptitle(_title(picture), fontsize=12.5, fontweight="bold")
         _draw_sweep(figure.add_subplot(grid[0, 0]), picture)
         _draw_deviation(figure.add_subplot(grid[0, 1]), picture)
         _draw_heat(figure, figure.add_subplot(grid[1, :]), picture)
