@@ -14,6 +14,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LIB = ROOT / "scripts" / "lib"
 
+# Bytecode of all packages takes pip longer than all the rest. The variable holds what the option
+# sets, not whether it is given: 1 would compile.
+NO_BYTECODE = {"PIP_NO_COMPILE": "0"}
+
 # An environment that runs this checkout, in place of one that takes pip a quarter of a minute.
 STAND_IN = f"""
 build_slot() {{
@@ -49,7 +53,7 @@ def script(
     """``scripts/install-COMPONENT --root IMAGE OPTION...``"""
     return subprocess.run(
         [ROOT / "scripts" / f"install-{component}", "--root", image, *map(str, options)],
-        env={**os.environ, "PIP_NO_COMPILE": "1", **environ},
+        env={**os.environ, **NO_BYTECODE, **environ},
         capture_output=True,
         text=True,
         check=False,
