@@ -61,6 +61,13 @@ max_inflight_count = {max_inflight}
 dynamic_filters = true
 """
 
+_ABOUT_PERSISTENCE = """\
+# Where sessions are kept (persistence_location) stands in the mosquitto.conf that includes this
+# file: /var/lib/mosquitto/ on Debian. Mosquitto does not start with a second one. There must be
+# space for every client's queue: on a full disk the broker acknowledges, and loses the message.
+
+"""
+
 _UNSAFE_PATH = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -91,7 +98,9 @@ class LabBroker:
     """What a lab's Mosquitto configuration depends on.
 
     ``port`` listens for devices on ``bind`` (all addresses if None); ``operator_port`` listens on
-    loopback for the coordinator and its commands. Paths are absolute, on the broker's host.
+    loopback for the coordinator and its commands. Without ``persistence_directory`` the file is one
+    to include, by a mosquitto.conf that says where sessions are kept, as Debian's does. Paths are
+    absolute, on the broker's host.
     """
 
     fleet: str
@@ -100,7 +109,7 @@ class LabBroker:
     operator_port: int | None = 1884
     password_path: str = "/etc/mosquitto/splitfleet.passwd"  # noqa: S105 - a path
     acl_path: str = "/etc/mosquitto/splitfleet.acl"
-    persistence_directory: str = "/var/lib/mosquitto"
+    persistence_directory: str | None = None
     tls: TlsPaths | None = None
     coordinator_user: str = COORDINATOR_USER
     max_packet_bytes: int = MAX_PACKET_BYTES
@@ -137,8 +146,9 @@ class LabBroker:
         paths = {
             "password_path": self.password_path,
             "acl_path": self.acl_path,
-            "persistence_directory": self.persistence_directory,
         }
+        if self.persistence_directory is not None:
+            paths["persistence_directory"] = self.persistence_directory
         if self.tls is not None:
             paths |= {"tls.ca": self.tls.ca, "tls.certificate": self.tls.certificate}
             paths["tls.key"] = self.tls.key
@@ -254,6 +264,8 @@ def lab_mosquitto_config(lab: LabBroker) -> str:
         *_device_listener(lab),
     ]
     heading = f"# Mosquitto for the fleet {lab.fleet!r}.\n\n"
+    if lab.persistence_directory is None:
+        heading += _ABOUT_PERSISTENCE
     return heading + _render(settings)
 
 
@@ -289,20 +301,28 @@ def lab_acl(lab: LabBroker) -> str:
     )
 
 
-def _persistence(directory: str) -> list[Setting]:
+def _persistence(directory: str | None) -> list[Setting]:
     return [
         Setting("persistence true", "Sessions and retained messages outlive the broker."),
-        Setting(
-            f"persistence_location {directory.rstrip('/')}/",
-            "Needs space for every client's queue: on a full disk the broker acknowledges, and"
-            "\n# loses the message.",
-        ),
+        *_persistence_location(directory),
         Setting(
             "autosave_interval 1",
             "With the next line: save after every change. The default of 1800 s loses all sessions"
             "\n# when the broker is killed.",
         ),
         Setting("autosave_on_changes true", "Counts changes instead of seconds."),
+    ]
+
+
+def _persistence_location(directory: str | None) -> list[Setting]:
+    if directory is None:
+        return []
+    return [
+        Setting(
+            f"persistence_location {directory.rstrip('/')}/",
+            "Needs space for every client's queue: on a full disk the broker acknowledges, and"
+            "\n# loses the message.",
+        )
     ]
 
 

@@ -165,7 +165,9 @@ def _leave_parent() -> None:
     """End with the parent, take no signal for it and hold none of its connections."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() == 1:
+        # Not "is 1": in a container the agent itself may be process 1.
+        parent = multiprocessing.parent_process()
+        if parent is not None and os.getppid() != parent.pid:
             os._exit(1)  # it ended before we asked
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)

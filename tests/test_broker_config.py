@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -239,10 +239,41 @@ def test_with_tls_a_devices_name_is_its_certificates(tmp_path: Path) -> None:
         stranger.close()
 
 
+DEBIANS_MAIN_FILE = """\
+pid_file {directory}/mosquitto.pid
+
+persistence true
+persistence_location {directory}/db/
+
+log_dest file {directory}/broker.log
+
+include_dir {directory}/conf.d
+"""
+
+
+def test_debians_main_file_can_include_it(tmp_path: Path) -> None:
+    """As `coordinator broker-config --out` is told to be used; Mosquitto refuses a second
+    persistence_location.
+    """
+    lab = replace(write_lab(tmp_path), persistence_directory=None)
+    included = tmp_path / "conf.d" / "splitfleet.conf"
+    included.parent.mkdir()
+    included.write_text(lab_mosquitto_config(lab))
+    main_file = DEBIANS_MAIN_FILE.format(directory=tmp_path)
+    topic = f"{ROOT}/fleet/state"
+    coordinator = Lab(lab.port, lab.operator_port or 0).coordinator
+    with configured_mosquitto(main_file, tmp_path, lab.port), coordinator() as client:
+        client.publish(topic, b"kept", retain=True)
+    with configured_mosquitto(main_file, tmp_path, lab.port), coordinator() as client:
+        client.subscribe(topic)
+        assert client.receive().payload == b"kept"
+
+
 def test_every_setting_stands_with_its_reason(tmp_path: Path) -> None:
     tls = TlsPaths(ca="/c/ca.pem", certificate="/c/broker.pem", key="/c/broker.key")
     texts = [
         lab_mosquitto_config(LabBroker(fleet="plant", tls=tls)),
+        lab_mosquitto_config(LabBroker(fleet="plant", persistence_directory="/d")),
         private_mosquitto_config(host=HOST, port=1883, as_root=True, persistence_directory="/d"),
     ]
     for text in texts:
@@ -274,6 +305,10 @@ def test_iotcore_keeps_a_largest_packet_within_its_segments() -> None:
         ({"fleet": "f", "port": 0}, "port: expected a port from 1 to 65535, got 0"),
         ({"fleet": "f", "operator_port": 1883}, "operator_port: expected another port than 1883"),
         ({"fleet": "f", "acl_path": "acl"}, "acl_path: expected an absolute path, got 'acl'"),
+        (
+            {"fleet": "f", "persistence_directory": "db"},
+            "persistence_directory: expected an absolute path, got 'db'",
+        ),
         (
             {"fleet": "f", "password_path": "/x\nallow_anonymous true"},
             "password_path: expected an absolute path",

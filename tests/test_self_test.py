@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -197,3 +200,19 @@ def test_child_holds_no_connection_of_the_agent(
     finally:
         test.kill()
         other.close()
+
+
+AS_PROCESS_1 = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+
+
+def test_agent_that_is_process_1_can_test_a_bundle(trained: Bundle, tmp_path: Path) -> None:
+    """As in a container, where nothing else runs; a child's parent is 1 there, and alive."""
+    if subprocess.run([*AS_PROCESS_1, "true"], check=False, capture_output=True).returncode != 0:
+        pytest.skip("no namespaces of one's own here")
+    file = tmp_path / "t.bundle"
+    file.write_bytes(build_bundle(trained.manifest, trained.files))
+    verify = [sys.executable, "-m", "edge_agent", "bundle", "verify", str(file)]
+    ended = subprocess.run(
+        [*AS_PROCESS_1, *verify], check=False, capture_output=True, text=True, timeout=WAIT_S
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -48,6 +48,13 @@ def broker_config(
     acl_path: Annotated[
         str, typer.Option(help="Access rules, on the broker's host.")
     ] = "/etc/mosquitto/splitfleet.acl",
+    persistence_dir: Annotated[
+        str | None,
+        typer.Option(
+            help="Where sessions are kept, if no other file of the broker says so.  [default: as"
+            " Debian's mosquitto.conf has it, which includes this one]"
+        ),
+    ] = None,
     tls_ca: Annotated[
         str | None, typer.Option(help="CA certificate on the broker's host; turns TLS on.")
     ] = None,
@@ -77,6 +84,7 @@ def broker_config(
         operator_port=operator_port or None,
         password_path=password_path,
         acl_path=acl_path,
+        persistence_directory=persistence_dir,
         tls=_tls(tls_ca, tls_cert, tls_key, client_certificates),
         coordinator_user=user,
         max_packet_bytes=max_packet_bytes,
