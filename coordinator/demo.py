@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.allocation import Policy
-from coordinator.bound_process import end_processes, start_bound_process
 from coordinator.broker import BrokerKind, embedded_broker
 from coordinator.config import CheckpointSettings, NetworkSettings, RunSettings
+from coordinator.demo_agents import AgentProcesses
 from coordinator.optimisers import OptimiserSettings
 from coordinator.patience import DeadlineSettings
 from coordinator.planning import PolicySettings
@@ -42,7 +39,7 @@ from edge_agent.datasets import (
     partition_indices,
 )
 from wire.command import stop_on_signals
-from wire.errors import ConfigError, SplitfleetError
+from wire.errors import ConfigError
 from wire.exit_codes import ExitCode
 from wire.messages import Precision
 from wire.mqtt import MqttSettings
@@ -50,10 +47,6 @@ from wire.mqtt import MqttSettings
 FLEET = "demo"
 TEST_SHARE = 0.2
 RUN_FILES = ("steps.jsonl", "summary.json", "summary.png", "client.bundle")
-
-
-class DemoError(SplitfleetError):
-    """The fleet on this machine could not be started or has fallen apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +95,14 @@ def run_demo(settings: DemoSettings, reporter: Reporter) -> tuple[ExitCode, Coor
         run = build_run_settings(settings, data, mqtt)
         service = CoordinatorService(run, source="demo", reporter=reporter, broker=description)
         stop_on_signals(service.stop)
-        with AgentProcesses(settings, data, mqtt, reporter, service) as agents:
+        directory = settings.out / "agents"
+        reporter.note(f"starting {settings.devices} agents; their logs are in {directory}")
+        fleet = [
+            build_agent_settings(settings, data, mqtt, index) for index in range(settings.devices)
+        ]
+        with AgentProcesses(
+            fleet, directory, python=settings.agent_python, stop=service.stop
+        ) as agents:
             code = service.run()
             agents.raise_if_failed()
     return code, service
@@ -212,77 +212,6 @@ def prepare_data(settings: DemoSettings) -> DemoData:
         classes=classes,
         samples=len(y),
     )
-
-
-class AgentProcesses:
-    """The agents' processes; a thread watches them and stops the service when one has failed."""
-
-    def __init__(
-        self,
-        settings: DemoSettings,
-        data: DemoData,
-        mqtt: MqttSettings,
-        reporter: Reporter,
-        service: CoordinatorService,
-    ) -> None:
-        self._settings = settings
-        self._reporter = reporter
-        self._service = service
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._logs: dict[str, Path] = {}
-        self._ending = threading.Event()
-        self._failed: str | None = None
-        self._agents = [
-            build_agent_settings(settings, data, mqtt, index) for index in range(settings.devices)
-        ]
-        self._watcher = threading.Thread(target=self._watch, name="demo-agents", daemon=True)
-
-    def __enter__(self) -> AgentProcesses:
-        directory = self._settings.out / "agents"
-        directory.mkdir(parents=True, exist_ok=True)
-        self._reporter.note(f"starting {len(self._agents)} agents; their logs are in {directory}")
-        for agent in self._agents:
-            config = directory / f"{agent.device}.yaml"
-            config.write_bytes(msgspec.yaml.encode(agent))
-            self._logs[agent.device] = directory / f"{agent.device}.log"
-            self._processes[agent.device] = self._start(config, self._logs[agent.device])
-        self._watcher.start()
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._ending.set()
-        end_processes(self._processes.values())
-        self._watcher.join()
-
-    def raise_if_failed(self) -> None:
-        """Raise DemoError with the last words of an agent that ended by itself."""
-        if self._failed is not None:
-            raise DemoError(self._failed)
-
-    def _start(self, config: Path, log: Path) -> subprocess.Popen[bytes]:
-        command = [self._settings.agent_python, "-m", "edge_agent", "run", "-c", str(config)]
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            return start_bound_process(command, log_fd=descriptor)
-        except OSError as exc:
-            raise ConfigError(
-                f"expected a Python interpreter at {self._settings.agent_python} ({exc.strerror})",
-                source="--agent-python",
-            ) from exc
-        finally:
-            os.close(descriptor)
-
-    def _watch(self) -> None:
-        while not self._ending.wait(0.5):
-            for device, process in self._processes.items():
-                if process.poll() is not None and not self._ending.is_set():
-                    last = self._logs[device].read_text(errors="replace").strip().splitlines()[-1:]
-                    self._failed = (
-                        f"agent {device} ended with code {process.returncode}: "
-                        f"{' '.join(last) or 'no output'} ({self._logs[device]})"
-                    )
-                    self._service.stop()
-                    return
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ def test_of_several_under_way_none_is_taken_and_all_are_listed(order: Order) -> 
     with pytest.raises(CampaignError) as caught:
         choose_campaign(order, [*both, campaign("old", "completed")])
     assert str(caught.value) == (
-        f"expected the name of a campaign to {order}, 2 come into question: "
+        f"expected the name of a campaign for {order}, 2 come into question: "
         "b (soaking), a (running)"
     )
 

@@ -21,11 +21,11 @@ ReasonOption = Annotated[str, typer.Option(help="Kept with the campaign.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="The bundle's file.")]
 NewestArgument = Annotated[
-    str, typer.Argument(metavar="[CAMPAIGN]", help="The newest one if it is left out.")
+    str, typer.Argument(metavar="CAMPAIGN", help="The newest one if it is left out.")
 ]
 OnlyArgument = Annotated[
     str,
-    typer.Argument(metavar="[CAMPAIGN]", help="Needed where more than one comes into question."),
+    typer.Argument(metavar="CAMPAIGN", help="Needed where more than one comes into question."),
 ]
 
 

@@ -30,7 +30,7 @@ def choose_campaign(order: Order, campaigns: Sequence[Campaign]) -> Campaign:
         return candidates[0]
     why = f"{len(candidates)} come into question" if candidates else "none is under way"
     raise CampaignError(
-        f"expected the name of a campaign to {order}, {why}: {_list(candidates or campaigns)}"
+        f"expected the name of a campaign for {order}, {why}: {_list(candidates or campaigns)}"
     )
 
 
