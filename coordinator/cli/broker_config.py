@@ -51,8 +51,8 @@ def broker_config(
     persistence_dir: Annotated[
         str | None,
         typer.Option(
-            help="Where sessions are kept, if no other file of the broker says so.  [default: as"
-            " Debian's mosquitto.conf has it, which includes this one]"
+            help="Where sessions are kept, if no other file of the broker says so. (as"
+            " Debian's mosquitto.conf has it, which includes this one)"
         ),
     ] = None,
     tls_ca: Annotated[
