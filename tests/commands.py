@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,3 +67,10 @@ def _handlers_kept() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def write_run_file(directory: Path, text: str) -> Path:
+    """A run's YAML file."""
+    path = directory / "run.yaml"
+    path.write_text(text)
+    return path
