@@ -28,7 +28,7 @@ from coordinator.broker import (
     find_mosquitto,
 )
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 """How long anything that must happen may take; a test that passes never waits for it."""
 
 

@@ -17,6 +17,7 @@ from typing import TextIO
 from coordinator.config import RunSettings
 from coordinator.progress import PlainReporter
 from coordinator.service import CoordinatorService
+from tests.brokers import WAIT_S
 from wire.exit_codes import ExitCode
 
 
@@ -57,7 +58,7 @@ class LocalCoordinator:
     def stop(self) -> None:
         if self._thread.is_alive():
             self.signal(signal.SIGTERM)
-            self._thread.join(10.0)
+            self._thread.join(WAIT_S)
         if self._stream is not None:
             self._stream.close()
 

@@ -23,7 +23,7 @@ from coordinator.broker_config import (
     lab_mosquitto_config,
     private_mosquitto_config,
 )
-from tests.brokers import Client, configured_mosquitto
+from tests.brokers import WAIT_S, Client, configured_mosquitto
 from wire.errors import ConfigError
 
 pytestmark = pytest.mark.broker
@@ -235,7 +235,7 @@ def test_with_tls_a_devices_name_is_its_certificates(tmp_path: Path) -> None:
         stranger = client(None, None)
         stranger.paho.connect("localhost", lab.port)
         stranger.paho.loop_start()
-        assert stranger.disconnected.wait(10), "a client without a certificate was let in"
+        assert stranger.disconnected.wait(WAIT_S), "a client without a certificate was let in"
         stranger.close()
 
 

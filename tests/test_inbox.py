@@ -136,7 +136,7 @@ def test_wake_ends_a_wait_without_an_event() -> None:
     thread = threading.Thread(target=lambda: taken.append(inbox.get(None)), daemon=True)
     thread.start()
     inbox.wake()
-    thread.join(10.0)
+    thread.join(30.0)
     assert not thread.is_alive()
     assert taken == [None]
 
@@ -155,7 +155,7 @@ def test_waiting_owner_gets_an_event_from_another_thread() -> None:
     thread = threading.Thread(target=lambda: taken.append(inbox.get(None)), daemon=True)
     thread.start()
     inbox.put(_control(7))
-    thread.join(10.0)
+    thread.join(30.0)
     assert taken == [_control(7)]
 
 
