@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from coordinator.broker import EmbeddedBroker
+from coordinator.journal import Journal
+from coordinator.store import open_store
 from edge_agent.datasets.samples import digits_train
 from tests.fleet import Fleet, Process, assert_trained_exactly_once, running_fleet, terminate
 from tests.local_coordinator import LocalCoordinator
@@ -113,16 +115,20 @@ def _whole_epochs_of(fleet: Fleet, device: str) -> int:
 def test_device_slower_than_the_deadline_costs_its_ranges_not_the_run(
     tmp_path: Path, shared_mosquitto: EmbeddedBroker, fleet: str
 ) -> None:
-    """Its late answers are dropped and counted; its samples are missed, by name."""
+    """1. A device misses two deadlines and sits out. 2. Its late answer is dropped and counted.
+    3. It goes; its samples are missed, by name."""
     with running_fleet(tmp_path, shared_mosquitto.port, fleet) as processes:
-        for device in SAMPLES:
-            slow = {"fixed_s": 9.0} if device == "d2" else {}
-            _agent(processes, device, trial_delay=slow)
+        for device in ("d0", "d1"):
+            _agent(processes, device)
+        slow = _agent(processes, "d2", trial_delay={"fixed_s": 6.0})
         coordinator = _coordinator(
             processes,
             epochs=1,
-            deadline={"fixed_s": 4.0, "max_misses": 2, "return_grace_s": 1},
+            # The epoch ends behind the late answer, at 2 * 2.5 + 5 s.
+            deadline={"fixed_s": 2.5, "max_misses": 2, "return_grace_s": 5},
         )
+        processes.wait_until(lambda: _refused(processes, "d2").get("late", 0) > 0, "a late answer")
+        slow.kill()
         assert coordinator.wait() == 0, processes.last_words()
         assert_trained_exactly_once(processes.steps(), {"d0": 60, "d1": 60}, epochs=1)
         summary = processes.summary()
@@ -131,6 +137,16 @@ def test_device_slower_than_the_deadline_costs_its_ranges_not_the_run(
     assert by_name["d2"]["samples_missed"] == 60
     assert by_name["d2"]["refused"].get("late", 0) >= 1
     assert by_name["d0"]["samples_missed"] == by_name["d1"]["samples_missed"] == 0
+
+
+def _refused(fleet: Fleet, device: str) -> dict[str, int]:
+    """What the coordinator has refused of a device, as its store says."""
+    store = open_store(f"sqlite:///{fleet.out / 'state.sqlite'}")
+    try:
+        records = Journal(store, "test", fleet.out, keep=1).device_records()
+    finally:
+        store.close()
+    return records[device].refused if device in records else {}
 
 
 def test_broker_that_is_killed_and_started_again_is_waited_for(
