@@ -96,13 +96,16 @@ def test_late_joiner_is_taken_in(
             _agent(processes, device)
         processes.wait_for_steps(1)
         _agent(processes, "d2")
-        processes.wait_until(lambda: _whole_epochs_of(processes, "d2") > 0, "an epoch with d2")
+        processes.wait_until(
+            lambda: _whole_epochs_of(processes, "d2") > 0 and processes.steps()[-1].epoch > 0,
+            "an epoch with d2, and the next",
+        )
         terminate(coordinator)
         assert coordinator.wait() == 0, processes.last_words()
-        whole = max(step.epoch for step in processes.steps()) - 1
-        first = [step for step in processes.steps() if step.epoch == 0]
-        assert {name for step in first for name, *_ in step.slots} == {"d0", "d1"}
-        assert_trained_exactly_once(processes.steps(), {"d0": 60, "d1": 60}, epochs=whole)
+        steps = processes.steps()
+        assert {name for name, *_ in steps[0].slots} <= {"d0", "d1"}
+        # Even the first epoch has it, where the machine is slow.
+        assert_trained_exactly_once(steps, {"d0": 60, "d1": 60}, epochs=steps[-1].epoch)
 
 
 def _whole_epochs_of(fleet: Fleet, device: str) -> int:
