@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from numpy.typing import NDArray
 
-from edge_agent.compute.onnx_session import OnnxGraph, to_value
+from edge_agent.compute.onnx_session import OnnxGraph
 from wire.bundle import (
     CLIENT_BACKWARD,
     CLIENT_BACKWARD_KEPT,
@@ -29,8 +29,8 @@ ACTIVATIONS: Final = "activations"
 CUT_GRADIENT: Final = "grad_out"
 GRADIENT_PREFIX: Final = "grad."  # of an output of a backward graph; a parameter's name follows
 
-Kept = dict[str, Any]
-"""What a forward pass left for its backward pass: the library's own values by name."""
+Kept = dict[str, NDArray[Any]]
+"""What a forward pass left for its backward pass, by name."""
 
 
 class OnnxForward:
@@ -42,8 +42,7 @@ class OnnxForward:
 
     def forward(self, x_BX: NDArray[Any]) -> NDArray[Any]:
         """Activations of one micro-batch."""
-        (activations,) = self._graph.run([ACTIVATIONS], {SAMPLES: to_value(x_BX)})
-        activations_BA: NDArray[Any] = activations.numpy()
+        (activations_BA,) = self._graph.run([ACTIVATIONS], {SAMPLES: x_BX})
         return activations_BA
 
 
@@ -80,16 +79,15 @@ class OnnxTrainer:
         forward pass, once."""
         assert self._halves is not None, "forward_kept needs can_keep"
         graph = self._halves.forward
-        values = graph.run(list(graph.outputs), {SAMPLES: to_value(x_BX)})
-        kept: Kept = dict(zip(graph.outputs, values, strict=True))
-        activations_BA: NDArray[Any] = kept.pop(ACTIVATIONS).numpy()
-        return activations_BA, kept
+        arrays = graph.run(list(graph.outputs), {SAMPLES: x_BX})
+        kept: Kept = dict(zip(graph.outputs, arrays, strict=True))
+        return kept.pop(ACTIVATIONS), kept
 
     def backward(
         self, x_BX: NDArray[Any], grad_BA: NDArray[Any], kept: Kept | None = None
     ) -> dict[str, NDArray[Any]]:
         """Parameter gradients for one micro-batch, summed over its rows."""
-        feeds = {SAMPLES: to_value(x_BX), CUT_GRADIENT: to_value(grad_BA)}
+        feeds = {SAMPLES: x_BX, CUT_GRADIENT: grad_BA}
         if kept is None or self._halves is None:
             return self._whole.run(feeds)
         return self._halves.backward.run(feeds | kept)
@@ -122,10 +120,10 @@ class _Gradients:
                     f"shape {spec.shape}, found {'none' if shape is None else tuple(shape)}"
                 )
 
-    def run(self, feeds: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Gradients by parameter."""
         gradients = self.graph.run(list(self._names), feeds)
-        return {n: g.numpy() for n, g in zip(self._names.values(), gradients, strict=True)}
+        return dict(zip(self._names.values(), gradients, strict=True))
 
 
 def _check_inputs(graph: OnnxGraph, bundle: Bundle, others: set[str]) -> None:
