@@ -164,27 +164,12 @@ def test_micro_batches_give_what_the_whole_batch_gives(
 ) -> None:
     limit = samples_that_fit * bundle.manifest.onnx_backward_bytes_per_sample
     backend = loaded(bundle, max_batch_bytes=limit)
-    sizes = backward_sizes(backend, monkeypatch)
+    sizes = watch_passes(backend, monkeypatch).whole
     x, grad = batch(20)
     weights = bundle.initial_weights()
     assert_gradients(backend.backward(x, grad), expected_gradients(weights, x, grad))
     assert sum(sizes) == 20
     assert max(sizes) <= samples_that_fit
-
-
-def backward_sizes(backend: ComputeBackend, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list that grows by the size of each backward pass."""
-    engine = backend._onnx_trainer  # type: ignore[attr-defined]
-    sizes: list[int] = []
-    original = engine.backward
-
-    def counted(x: Float32, grad: Float32, kept: object = None) -> dict[str, Float32]:
-        sizes.append(len(x))
-        result: dict[str, Float32] = original(x, grad, kept)
-        return result
-
-    monkeypatch.setattr(engine, "backward", counted)
-    return sizes
 
 
 @pytest.mark.parametrize(
@@ -204,7 +189,7 @@ def test_passes_stay_small_even_where_memory_allows_more(
     assert per_sample == 20
     monkeypatch.setattr(segment_module, "_ONNX_PASS_BYTES", samples_of_a_pass * per_sample)
     backend = loaded(bundle, max_batch_bytes=1 << 30)
-    sizes = backward_sizes(backend, monkeypatch)
+    sizes = watch_passes(backend, monkeypatch).whole
     backend.backward(*batch(100))
     assert sizes == expected
 

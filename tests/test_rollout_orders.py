@@ -13,6 +13,17 @@ from coordinator.rollout.records import (
 from tests.campaigns import STAGES, Trial
 
 
+def _two_of_four_failed() -> Trial:
+    """A campaign whose only wave is over, with the first two of its order failed."""
+    trial = Trial(4, waves="100%", max_failed=0.5, soak_s=0)
+    trial.tick()
+    for name in trial.order[:2]:
+        trial.say(name, DevicePhase.FAILED, "disk full")
+    trial.commit(*trial.order[2:])
+    trial.tick()
+    return trial
+
+
 class TestOrders:
     def test_pause_offers_nothing_and_lets_go_on_what_has_begun(self) -> None:
         trial = Trial(4, waves="1,100%", soak_s=0)
@@ -105,13 +116,8 @@ class TestOrders:
         assert trial.campaign.record.phase is CampaignPhase.ABORTED
 
     def test_retry_offers_again_to_those_that_failed(self) -> None:
-        trial = Trial(4, waves="100%", max_failed=0.5, soak_s=0)
-        trial.tick()
+        trial = _two_of_four_failed()
         failed = trial.order[:2]
-        for name in failed:
-            trial.say(name, DevicePhase.FAILED, "disk full")
-        trial.commit(*trial.order[2:])
-        trial.tick()
         assert trial.campaign.record.phase is CampaignPhase.COMPLETED
         trial.take(trial.campaign.retry(trial.now_s))
         trial.tick()
@@ -124,13 +130,8 @@ class TestOrders:
         assert trial.campaign.record.phase is CampaignPhase.COMPLETED
 
     def test_retry_of_named_devices_leaves_the_others_that_failed(self) -> None:
-        trial = Trial(4, waves="100%", max_failed=0.5, soak_s=0)
-        trial.tick()
+        trial = _two_of_four_failed()
         failed = trial.order[:2]
-        for name in failed:
-            trial.say(name, DevicePhase.FAILED, "disk full")
-        trial.commit(*trial.order[2:])
-        trial.tick()
         with pytest.raises(CampaignError, match=f"{trial.order[2]} is committed"):
             trial.campaign.retry(trial.now_s, [failed[0], trial.order[2]])
         with pytest.raises(CampaignError, match="expected a device of c-1, received gw-99"):

@@ -35,9 +35,7 @@ from tests.updated_device import (
 )
 from wire.bundle import build_bundle
 from wire.errors import ModelError
-from wire.messages import (
-    ChunkHeader,
-)
+from wire.messages import ChunkHeader
 from wire.signing import TrustedKeys, build_signature_file, generate_key
 
 

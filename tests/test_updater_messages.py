@@ -30,9 +30,7 @@ from tests.updated_device import (
     offer_of,
 )
 from wire.errors import PeerProtocolError, Refusal
-from wire.messages import (
-    RolloutAcknowledge,
-)
+from wire.messages import RolloutAcknowledge
 
 
 @pytest.fixture(autouse=True)

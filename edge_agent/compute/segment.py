@@ -18,12 +18,11 @@ from edge_agent.compute.torch_backend import TorchSegment, import_torch, warm_up
 from wire.bundle import Bundle, Manifest
 from wire.errors import LocalProtocolError, ModelError
 
-# Smaller passes cost time: with 32 to 256 MiB a pass, steps of 32 and 128 samples of the small CNNs
-# and a ResNet stage took the same time on ONNX Runtime; with 16 MiB the stage took a twentieth
-# more.
+# Smaller passes cost time: with 32 and 64 MiB a pass, steps of 8 and 32 samples of a ResNet stage
+# took the same time on ONNX Runtime, with 16 MiB a twentieth more.
 _ONNX_PASS_BYTES = 32 * 1024 * 1024
 # As much is kept on ONNX Runtime for the backward pass: 38 samples of a ResNet stage. Computing the
-# forward pass of the others again takes a fifth more time and no memory.
+# forward pass of the others again takes a fifth to a third more time and no memory.
 _ONNX_KEPT_BYTES = 96 * 1024 * 1024
 
 
