@@ -38,6 +38,7 @@ OUTPUT = "activations"
 GRAD_OUT = "grad_out"
 GRADIENT_PREFIX = "grad."
 KEPT_PREFIX = "kept."  # of what the forward pass leaves for the backward pass; a number follows
+_KEPT = re.compile(re.escape(KEPT_PREFIX) + r"\d+")
 _SCALARS = {
     getattr(operator, name): name
     for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
@@ -141,7 +142,7 @@ def _collect_weights(split: SplitNetwork) -> tuple[dict[str, Tensor], dict[str, 
         kind = str(tensor.dtype).removeprefix("torch.")
         if kind != "float32" and (name in parameters or kind not in _BUFFER_DTYPES):
             raise ModelError(f"network {split.network}: {name}: expected float32, found {kind}")
-        if name in (INPUT, OUTPUT, GRAD_OUT) or re.fullmatch(rf"{KEPT_PREFIX}\d+", name):
+        if name in (INPUT, OUTPUT, GRAD_OUT) or _KEPT.fullmatch(name):
             raise ModelError(f"network {split.network}: {name}: expected another name")
     return parameters, buffers
 

@@ -335,6 +335,24 @@ def test_parameter_called_like_the_cut_gradient_is_refused() -> None:
         derive(split_network(Named(), "body", (6,)))
 
 
+def test_parameter_called_like_a_kept_value_is_refused() -> None:
+    class Listed(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+            self.register_module(name, nn.ParameterList([torch.rand(6)]))
+            self.body = nn.Linear(6, 6)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.body(x * getattr(self, self.name)[0]))
+            return logits
+
+    with pytest.raises(ModelError, match=r"kept\.0: expected another name"):
+        derive(split_network(Listed("kept"), "body", (6,)))
+    assert "keeps.0" in derive(split_network(Listed("keeps"), "body", (6,))).program.parameters
+
+
 def test_operator_outside_any_set_is_refused_before() -> None:
     body = nn.Sequential(nn.Linear(6, 6), user.LooksAtData())
     with pytest.raises(ModelError, match="client segment cannot be exported"):
