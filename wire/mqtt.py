@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
@@ -28,6 +27,7 @@ from wire.credentials import read_secret
 from wire.errors import SplitfleetError, TransportError
 from wire.inbox import Connected, Disconnected, Inbox, Received
 from wire.messages import SCHEMA
+from wire.quick_client import ClientName, build_client
 from wire.quick_losses import QuickLosses
 from wire.settings import Settings
 from wire.tls import TlsSettings, build_tls_context
@@ -46,7 +46,10 @@ TAKEN_OVER = 0x8E  # MQTT 5: another connection came with our client id
 
 
 class MqttSettings(Settings, frozen=True, kw_only=True):
-    """Where the broker is and how to talk to it; ``password_file`` may be ``credential:NAME``."""
+    """Where the broker is and how to talk to it; ``password_file`` may be ``credential:NAME``.
+
+    ``client``: ``quick`` is ours upon paho (``wire.quick_client``), ``stock`` is paho's own.
+    """
 
     host: str = "127.0.0.1"
     port: int = 1883
@@ -58,6 +61,7 @@ class MqttSettings(Settings, frozen=True, kw_only=True):
     reconnect_min_s: float = 1.0
     reconnect_max_s: float = 30.0
     max_payload_bytes: int = 64 << 20
+    client: ClientName = "quick"
 
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65_535:
@@ -204,9 +208,7 @@ class MqttConnection:
         return bool(self._client._out_packet or self._client._out_messages)
 
     def _build_client(self) -> paho.Client:
-        client = paho.Client(
-            CallbackAPIVersion.VERSION2, client_id=self._client_id, protocol=paho.MQTTv5
-        )
+        client = build_client(self._settings.client, self._client_id)
         client.suppress_exceptions = True  # an exception in a callback would end the thread
         paho_logger = logger.getChild("paho")
         paho_logger.setLevel(logging.WARNING)

@@ -1,0 +1,229 @@
+"""Our MQTT client upon paho, and paho's own, as the product uses them, over real brokers."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import paho.mqtt.client as paho
+import pytest
+
+from coordinator.broker import BrokerKind, EmbeddedBroker, embedded_broker
+from tests.brokers import WAIT_S, start_mosquitto
+from wire import quick_client
+from wire.inbox import Disconnected, Inbox, Received
+from wire.mqtt import MqttConnection, MqttSettings, wait_for_connection
+from wire.quick_client import ClientName, QuickClient, build_client
+from wire.topics import Channel, build_topic
+
+pytestmark = pytest.mark.broker
+
+FLEET = "lab"
+
+
+@pytest.fixture(scope="module", params=[BrokerKind.MOSQUITTO, BrokerKind.IOTCORE])
+def broker(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EmbeddedBroker]:
+    directory = tmp_path_factory.mktemp(f"broker-{request.param.value}")
+    with embedded_broker(directory=directory, kind=request.param) as running:
+        yield running
+
+
+@contextmanager
+def connection(
+    port: int, name: str, client: ClientName, *subscriptions: str
+) -> Iterator[tuple[MqttConnection, Inbox]]:
+    inbox = Inbox()
+    made = MqttConnection(
+        MqttSettings(port=port, client=client, reconnect_min_s=0.1, reconnect_max_s=0.2),
+        client_id=name,
+        fleet=FLEET,
+        subscriptions=list(subscriptions),
+        inbox=inbox,
+        next_boot=lambda: 1,
+        build_will=None,
+    )
+    made.start()
+    try:
+        wait_for_connection(inbox, WAIT_S)
+        yield made, inbox
+    finally:
+        made.stop()
+
+
+@contextmanager
+def both(
+    broker: EmbeddedBroker, client: ClientName
+) -> Iterator[tuple[MqttConnection, MqttConnection, Inbox]]:
+    """A coordinator that writes, a device that reads, and what the device gets."""
+    topics = [build_topic(FLEET, Channel.CUT_GRADIENT, "d1"), build_topic(FLEET, Channel.WEIGHTS)]
+    with ExitStack() as stack:
+        reader, inbox = stack.enter_context(connection(broker.port, "d1", client, *topics))
+        writer, _ = stack.enter_context(connection(broker.port, "c", client))
+        # A subscription is granted some time after the connection: the first message that comes
+        # says that it is.
+        granted = threading.Event()
+        while not granted.is_set():
+            writer.publish(Channel.CUT_GRADIENT, b"hello", device="d1")
+            if inbox.get(0.2) is not None:
+                granted.set()
+        while inbox.get(0.2) is not None:
+            pass
+        yield writer, reader, inbox
+
+
+def receive(inbox: Inbox, count: int) -> list[Received]:
+    found = []
+    while len(found) < count:
+        event = inbox.get(WAIT_S)
+        assert isinstance(event, Received), f"{len(found)} of {count} came, then {event}"
+        found.append(event)
+    return found
+
+
+@pytest.mark.parametrize("client", ["quick", "stock"])
+def test_messages_of_all_sizes_arrive_whole_and_in_order(
+    broker: EmbeddedBroker, client: ClientName
+) -> None:
+    payloads = [os.urandom(size) for size in (1, 100, 65_000, 65_536, 70_000, 3_000_000, 7)]
+    with both(broker, client) as (writer, reader, inbox):
+        for payload in payloads:
+            assert writer.publish(Channel.CUT_GRADIENT, payload, device="d1", expiry_s=60.0)
+        messages = receive(inbox, len(payloads))
+        assert [message.payload for message in messages] == payloads
+        assert {message.topic for message in messages} == {
+            build_topic(FLEET, Channel.CUT_GRADIENT, "d1")
+        }
+        assert all(message.droppable and message.schema == "1" for message in messages)
+        assert reader.bytes_received >= sum(map(len, payloads))
+
+
+def test_threads_that_write_at_once_do_not_cut_into_each_others_messages(
+    broker: EmbeddedBroker,
+) -> None:
+    """The network thread acknowledges what comes in while two others write."""
+    rounds = 60
+    with both(broker, "quick") as (writer, reader, inbox):
+
+        def write(mark: int) -> None:
+            for number in range(rounds):
+                payload = bytes([mark, number]) + bytes([mark]) * (number * 4001 + 1)
+                assert writer.publish(Channel.CUT_GRADIENT, payload, device="d1")
+
+        threads = [threading.Thread(target=write, args=(mark,)) for mark in (1, 2)]
+        for thread in threads:
+            thread.start()
+        seen: dict[int, list[int]] = {1: [], 2: []}
+        for message in receive(inbox, 2 * rounds):
+            mark, number = message.payload[0], message.payload[1]
+            assert message.payload[2:] == bytes([mark]) * (number * 4001 + 1)
+            seen[mark].append(number)
+            assert reader.publish(Channel.TELEMETRY, message.payload, device="d1")
+        for thread in threads:
+            thread.join(WAIT_S)
+        assert seen == {1: list(range(rounds)), 2: list(range(rounds))}
+
+
+def test_message_to_nobody_is_done_with(broker: EmbeddedBroker) -> None:
+    """MQTT 5 says so with a reason, which not every acknowledgement has."""
+    with connection(broker.port, "c", "quick") as (writer, _):
+        assert writer.publish(Channel.CUT_GRADIENT, b"x" * 100_000, device="nobody")
+        writer.stop()  # waits for acknowledgements
+        assert not writer._client._out_messages
+
+
+def test_half_a_message_of_a_broken_connection_is_forgotten(tmp_path: Path) -> None:
+    with (
+        start_mosquitto(tmp_path / "proxied") as broker,
+        socket.create_server(("127.0.0.1", 0)) as gate,
+    ):
+        port = gate.getsockname()[1]
+        first = threading.Event()
+
+        def relay_then_break() -> None:
+            """The first connection ends in the middle of a message; later ones are let through."""
+            while True:
+                try:
+                    near, _ = gate.accept()
+                except OSError:
+                    return
+                far = socket.create_connection((broker.host, broker.port))
+                limit = None if first.is_set() else 40_000
+                first.set()
+                for source, target, most in ((near, far, None), (far, near, limit)):
+                    threading.Thread(target=_pump, args=(source, target, most), daemon=True).start()
+
+        threading.Thread(target=relay_then_break, daemon=True).start()
+        payload = os.urandom(300_000)
+        with connection(broker.port, "c", "quick") as (writer, _):
+            writer.publish(Channel.WEIGHTS, payload)  # retained
+            topic = build_topic(FLEET, Channel.WEIGHTS)
+            with connection(port, "d1", "quick", topic) as (_, inbox):
+                events = [inbox.get(WAIT_S)]
+                while not isinstance(events[-1], Received):
+                    assert events[-1] is not None, events
+                    events.append(inbox.get(WAIT_S))
+                assert any(isinstance(event, Disconnected) for event in events)
+                assert events[-1].payload == payload
+        gate.shutdown(socket.SHUT_RDWR)
+
+
+def _pump(source: socket.socket, target: socket.socket, most: int | None) -> None:
+    """Pass bytes on, at most so many; then end both sides."""
+    passed = 0
+    try:
+        while data := source.recv(8192):
+            target.sendall(data)
+            passed += len(data)
+            if most is not None and passed >= most:
+                break
+    except OSError:
+        pass
+    for side in (source, target):
+        try:
+            side.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            continue
+
+
+def test_what_is_not_mqtt_ends_the_connection_and_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            client, _ = server.accept()
+            with client:
+                client.recv(4096)
+                # CONNACK, then a length of five bytes.
+                client.sendall(bytes([0x20, 3, 0, 0, 0]) + b"\x30\xff\xff\xff\xff\x01")
+                client.recv(4096)
+
+        threading.Thread(target=serve, daemon=True).start()
+        inbox = Inbox()
+        made = MqttConnection(
+            MqttSettings(port=server.getsockname()[1]),
+            client_id="me",
+            fleet=FLEET,
+            subscriptions=[],
+            inbox=inbox,
+            next_boot=lambda: 1,
+            build_will=None,
+        )
+        made.start()
+        wait_for_connection(inbox, WAIT_S)
+        assert isinstance(inbox.get(WAIT_S), Disconnected)
+        made.stop()
+    assert any("is not MQTT" in record.getMessage() for record in caplog.records)
+
+
+def test_unknown_version_of_paho_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(build_client("quick", "me"), QuickClient)
+    assert type(build_client("stock", "me")) is paho.Client
+    monkeypatch.setattr(quick_client, "version", lambda _name: "2.9.0")
+    assert type(build_client("quick", "me")) is paho.Client
