@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from coordinator.config import RunSettings
 from coordinator.planning import PlannedSlot, permutation_seed
 from coordinator.registry import Registry
-from wire.codec import encode_tensors, exact
+from wire.codec import encode_tensors, exact_block
 from wire.messages import (
     Allocation,
     CutGradientHeader,
@@ -105,7 +105,7 @@ class Outgoing:
         header = WeightsHeader(
             run=self.run, epoch=epoch, step=step, version=version, bundle=self._bundle
         )
-        parts = {name: exact(array) for name, array in weights.items()}
+        parts = {"weights": exact_block(weights)} if weights else {}
         self._weights = encode_tensors(parts, build_metadata(header))
         self._publish(Channel.WEIGHTS, self._weights)
         for name in devices:

@@ -45,7 +45,7 @@ from wire.messages import (
     GradientsHeader,
     parse_header,
 )
-from wire.precision import read_floats
+from wire.precision import read_all_floats
 
 HEADROOM_BYTES = 16_384  # header, labels' share aside, of one activation message
 RATE_WINDOW_STEPS = 50
@@ -194,10 +194,7 @@ class TrainingRun:
         header = parse_header(tensors.metadata, GradientsHeader)
         self._check_run(header.run)
         slot = self.rounds.find_gradients(device.name, header, header.weights_version)
-        gradients = {
-            name: read_floats(tensors, name, shape)
-            for name, shape in self._parameter_shapes.items()
-        }
+        gradients = read_all_floats(tensors, self._parameter_shapes)
         self._batches[header.step].add_gradients(slot, gradients)
         self.perform(self.rounds.accept_gradients(slot, now_s))
 
@@ -325,13 +322,30 @@ class TrainingRun:
             # on the rows that are left, and the client gradients are rescaled to their number.
             scale = sum(slot.count for slot in self._result_slots) / len(y)
             result = self.trainer.run_server(x, y)
-        frozen = self.settings.network.frozen
-        self.trainer.apply(None if frozen else batch.sum_gradients(action.slots, scale))
-        self._record(action, result, batch)
+        delta = self.rounds.last_delta
+        if self.settings.network.frozen:
+            actions = self._applied()
+        else:
+            self.trainer.apply_client(batch.sum_gradients(action.slots, scale))
+            actions = self._give_the_next_go(self._applied())
+        self.trainer.apply_server()
+        self._record(action, result, batch, delta)
         self._close_batches(action.step)
+        return actions
+
+    def _applied(self) -> list[Action]:
+        """What follows a step; nothing yet, where a checkpoint of it is due."""
         if self.rounds.version % self.settings.checkpoint.every_steps == 0:
             self.checkpoint_due = True
         return [] if self.checkpoint_due else self.rounds.applied(time.monotonic())
+
+    def _give_the_next_go(self, actions: list[Action]) -> list[Action]:
+        """Open the next step if that is all that follows; the devices are at work while the rest of
+        this one is done. What is left to do is returned."""
+        if all(isinstance(action, SendAllocations | OpenStep) for action in actions):
+            self.perform(actions)
+            return []
+        return actions
 
     def checkpointed(self) -> None:
         """The owner has written the checkpoint that was due: go on."""
@@ -344,7 +358,9 @@ class TrainingRun:
             case _:
                 pass
 
-    def _record(self, action: ApplyStep, result: ServerResult, batch: StepBatch) -> None:
+    def _record(
+        self, action: ApplyStep, result: ServerResult, batch: StepBatch, delta: float | None
+    ) -> None:
         now_s = time.monotonic()
         counts = batch.class_counts(action.slots)
         samples = int(counts.sum())
@@ -358,7 +374,7 @@ class TrainingRun:
             duration_s=action.duration_s,
             slowest=action.slowest,
             slots=tuple((slot.device, *span) for slot in action.slots for span in slot.spans),
-            delta=self.rounds.last_delta,
+            delta=delta,
         )
         self.last_step = record
         self._recent_s.append(now_s)

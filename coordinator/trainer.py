@@ -155,12 +155,20 @@ class SplitTrainer:
 
     def apply(self, client_gradients: Mapping[str, Floats] | None) -> None:
         """Step both optimisers; ``client_gradients`` are summed over devices, by parameter."""
+        self.apply_client(client_gradients)
+        self.apply_server()
+
+    def apply_client(self, client_gradients: Mapping[str, Floats] | None) -> None:
+        """The first half of ``apply``: the next weights are there, and the server pass still is."""
         if self._client_optimiser is not None:
             assert client_gradients is not None
             for name, parameter in self._client_parameters.items():
                 parameter.grad = torch.from_numpy(client_gradients[name])
             self._client_optimiser.step()
             self._client_optimiser.zero_grad(set_to_none=True)
+
+    def apply_server(self) -> None:
+        """The second half of ``apply``; ends the server pass."""
         if self._server_optimiser is not None:
             self._server_optimiser.step()
         self.server.zero_grad(set_to_none=True)

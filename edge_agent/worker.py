@@ -24,7 +24,7 @@ from wire.messages import (
     SampleOrder,
     build_metadata,
 )
-from wire.precision import activation_parts, gradient_parts, read_floats
+from wire.precision import activation_parts, gradient_parts, read_all_floats, read_floats
 
 _BatchKey = tuple[int, SampleOrder, Ranges]
 
@@ -124,10 +124,8 @@ class Worker:
             return
         tensors = decode_tensors(self._weights[1])
         specs: Sequence[TensorSpec] = (*manifest.parameters, *manifest.buffers)
-        wanted = [spec for spec in specs if spec.dtype == "float32"]
-        self._backend.set_weights(
-            {s.name: read_floats(tensors, s.name, s.shape, limited=False) for s in wanted}
-        )
+        wanted = {spec.name: spec.shape for spec in specs if spec.dtype == "float32"}
+        self._backend.set_weights(read_all_floats(tensors, wanted, limited=False))
         # Only now: nothing may be computed with older weights than those that a header will name.
         self._weights = None
 

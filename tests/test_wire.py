@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from wire.codec import decode_metadata, decode_tensors, encode_tensors, exact
+from wire.codec import decode_metadata, decode_tensors, encode_tensors, exact, exact_block
 from wire.errors import PeerProtocolError, Refusal
 from wire.halves import NumpyHalves, TorchHalves
 from wire.messages import (
@@ -40,6 +40,7 @@ from wire.precision import (
     activation_parts,
     fp16_exponent,
     gradient_parts,
+    read_all_floats,
     read_floats,
     read_labels,
 )
@@ -228,6 +229,20 @@ class TestCodec:
         assert np.shares_memory(view, np.frombuffer(payload, np.uint8))
         assert not view.flags.writeable
 
+    def test_block_has_the_bytes_of_its_tensors_alone(self) -> None:
+        arrays = {
+            "b": np.arange(6, dtype=np.float32).reshape(2, 3),
+            "a": np.float32(7.0).reshape(()),
+            "c": np.zeros((0, 2), np.float32),
+        }
+        labels = exact(np.array([3], np.int64))
+        alone = encode_tensors({n: exact(a) for n, a in arrays.items()} | {"y": labels}, {"k": "v"})
+        block = encode_tensors({"floats": exact_block(arrays), "y": labels}, {"k": "v"})
+        assert block == alone
+        theirs = safetensors.numpy.load(bytes(block))
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(theirs[name], array)
+
     @given(st.binary(max_size=200))
     def test_arbitrary_bytes_never_do_worse_than_a_refusal(self, payload: bytes) -> None:
         with pytest.raises(PeerProtocolError):
@@ -268,6 +283,87 @@ class TestCodec:
 
 def _through_wire(parts: dict, metadata: dict, name: str, shape: tuple[int, ...]) -> np.ndarray:
     return read_floats(decode_tensors(encode_tensors(parts, metadata)), name, shape)
+
+
+SHAPES = {"w": (3, 4), "b": (3,), "s": (), "none": (0, 2)}
+
+
+def _gradients(scale: float) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(0)
+    return {
+        name: (draw.standard_normal(shape) * scale * (10.0 if name == "b" else 1.0)).astype("f4")
+        for name, shape in SHAPES.items()
+    }
+
+
+class TestBlocks:
+    """Many tensors of one type, written, converted and checked at once."""
+
+    @pytest.mark.parametrize("precision", list(Precision))
+    @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e3])
+    def test_all_at_once_gives_what_one_by_one_gives(
+        self, precision: Precision, scale: float
+    ) -> None:
+        parts, metadata = gradient_parts(_gradients(scale), precision)
+        tensors = decode_tensors(encode_tensors(parts, metadata))
+        together = read_all_floats(tensors, SHAPES)
+        assert together.keys() == SHAPES.keys()
+        for name, shape in SHAPES.items():
+            np.testing.assert_array_equal(together[name], read_floats(tensors, name, shape))
+            error = np.abs(together[name] - _gradients(scale)[name])
+            assert (error <= 1e-3 * np.abs(_gradients(scale)[name]).max(initial=0)).all()
+
+    def test_fp32_is_not_copied_and_may_not_be_written(self) -> None:
+        parts, metadata = gradient_parts(_gradients(1.0), Precision.FP32)
+        payload = encode_tensors(parts, metadata)
+        for array in read_all_floats(decode_tensors(payload), SHAPES).values():
+            assert not array.size or np.shares_memory(array, np.frombuffer(payload, np.uint8))
+            assert not array.flags.writeable
+
+    def test_mixed_types_and_further_tensors_are_read_as_well(self) -> None:
+        arrays = _gradients(1.0)
+        parts = {n: exact(a.astype("f2") if n == "w" else a) for n, a in arrays.items()}
+        parts["more"] = exact(np.zeros(2, np.int64))
+        found = read_all_floats(decode_tensors(encode_tensors(parts, {})), SHAPES)
+        np.testing.assert_array_equal(found["w"], arrays["w"].astype("f2"))
+        np.testing.assert_array_equal(found["b"], arrays["b"])
+
+    def test_fp32_with_exponents_is_scaled_back(self) -> None:
+        arrays = _gradients(1.0)
+        payload = encode_tensors({"x": exact_block(arrays)}, {EXPONENTS: '{"b": 3}'})
+        before = bytes(payload)
+        found = read_all_floats(decode_tensors(payload), SHAPES)
+        np.testing.assert_array_equal(found["b"], arrays["b"] / 8)
+        np.testing.assert_array_equal(found["w"], arrays["w"])
+        assert payload == before
+
+    @pytest.mark.parametrize(
+        ("value", "reason"),
+        [
+            (np.nan, Refusal.NON_FINITE),
+            (np.inf, Refusal.NON_FINITE),
+            (-np.inf, Refusal.NON_FINITE),
+            (2e6, Refusal.RANGE),
+            (-2e6, Refusal.RANGE),
+        ],
+    )
+    def test_bad_value_anywhere_is_refused_by_name(self, value: float, reason: Refusal) -> None:
+        arrays = _gradients(1.0)
+        arrays["b"][1] = value
+        tensors = decode_tensors(encode_tensors({"x": exact_block(arrays)}, {}))
+        with pytest.raises(PeerProtocolError, match="'b'") as caught:
+            read_all_floats(tensors, SHAPES)
+        assert caught.value.reason is reason
+        if reason is Refusal.RANGE:
+            assert read_all_floats(tensors, SHAPES, limited=False)["b"][1] == value
+
+    def test_wrong_shape_and_missing_tensor_are_refused(self) -> None:
+        arrays = _gradients(1.0)
+        tensors = decode_tensors(encode_tensors({"x": exact_block(arrays)}, {}))
+        with pytest.raises(PeerProtocolError, match=r"'w' of shape \(4, 3\)"):
+            read_all_floats(tensors, SHAPES | {"w": (4, 3)})
+        with pytest.raises(PeerProtocolError, match="expected a tensor 'x'"):
+            read_all_floats(tensors, SHAPES | {"x": (1,)})
 
 
 class TestPrecision:

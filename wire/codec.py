@@ -48,17 +48,34 @@ class Part:
     shape: tuple[int, ...]
     write: Callable[[NDArray[Any]], None]
 
-    @property
-    def size_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Outgoing tensors of one type that one function writes, one behind the other by name.
+
+    ``write`` gets all of their values as one flat array; ``split`` cuts it into theirs.
+    """
+
+    dtype: np.dtype[Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    write: Callable[[NDArray[Any]], None]
+
+
+Parts = Mapping[str, Part | Block]
+"""What a message carries: parts by the name of their tensor, blocks by a name of no meaning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """A decoded payload: text metadata and read-only views into the message's bytes."""
+    """A decoded payload: text metadata and read-only views into the message's bytes.
+
+    ``data`` are all bytes of the tensors, ``begins`` where in them each one begins.
+    """
 
     metadata: dict[str, str]
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+    data: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
+    begins: dict[str, int] = field(default_factory=dict)
 
     def require(self, name: str) -> NDArray[Any]:
         """Return the tensor ``name``; raise PeerProtocolError when it is not there."""
@@ -83,34 +100,51 @@ def exact(array: NDArray[Any]) -> Part:
     return Part(dtype=dtype, shape=array.shape, write=write)
 
 
-def encode_tensors(parts: Mapping[str, Part], metadata: Mapping[str, str]) -> bytearray:
+def exact_block(arrays: Mapping[str, NDArray[Any]]) -> Block:
+    """A block that carries arrays of one type in that type; at least one."""
+    (dtype,) = {exact(array).dtype for array in arrays.values()}
+    shapes = {name: array.shape for name, array in arrays.items()}
+
+    def write(out: NDArray[Any]) -> None:
+        for name, part in split(out, shapes).items():
+            np.copyto(part, arrays[name])
+
+    return Block(dtype=dtype, shapes=shapes, write=write)
+
+
+def split(flat: NDArray[Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[Any]]:
+    """Views of ``flat`` (values,) as tensors of these shapes, one behind the other by name."""
+    views, end = {}, 0
+    for name in sorted(shapes):
+        begin, end = end, end + math.prod(shapes[name])
+        views[name] = flat[begin:end].reshape(shapes[name])
+    return views
+
+
+def encode_tensors(parts: Parts, metadata: Mapping[str, str]) -> bytearray:
     """Encode parts as one safetensors payload; each tensor is written once, in place."""
     # Widest types first keeps every tensor aligned, as the library lays files out.
     order = sorted(parts, key=lambda name: (-parts[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
-    for name in order:
-        part = parts[name]
-        begin, end = end, end + part.size_bytes
-        header[name] = {
-            "dtype": _NAMES[part.dtype],
-            "shape": list(part.shape),
-            "data_offsets": [begin, end],
-        }
+    places = []  # (part, where it begins, how many values)
+    for key in order:
+        part = parts[key]
+        kind, itemsize, start = _NAMES[part.dtype], part.dtype.itemsize, end
+        shapes = part.shapes if isinstance(part, Block) else {key: part.shape}
+        for name in sorted(shapes):
+            begin, end = end, end + math.prod(shapes[name]) * itemsize
+            header[name] = {"dtype": kind, "shape": shapes[name], "data_offsets": (begin, end)}
+        places.append((part, start, (end - start) // itemsize))
     head = msgspec.json.encode(header)
     head += b" " * (-len(head) % 8)
-    start = 8 + len(head)
-    out = bytearray(start + end)
+    out = bytearray(8 + len(head) + end)
     out[:8] = len(head).to_bytes(8, "little")
-    out[8:start] = head
-    for name in order:
-        part = parts[name]
-        if part.size_bytes:
-            view = np.frombuffer(
-                out, part.dtype, count=part.size_bytes // part.dtype.itemsize, offset=start
-            )
-            part.write(view.reshape(part.shape))
-        start += part.size_bytes
+    out[8 : 8 + len(head)] = head
+    for part, start, count in places:
+        if count:
+            view = np.frombuffer(out, part.dtype, count=count, offset=8 + len(head) + start)
+            part.write(view if isinstance(part, Block) else view.reshape(part.shape))
     return out
 
 
@@ -139,8 +173,12 @@ def decode_tensors(payload: bytes | bytearray) -> Tensors:
         raise _malformed(f"expected at most {MAX_TENSORS} tensors, received {len(header)}")
     entries = {name: _decode_json(_entry_decoder, raw, name) for name, raw in header.items()}
     _check_layout(entries.values(), len(payload) - start)
-    arrays = {name: _view(payload, start, name, entry) for name, entry in entries.items()}
-    return Tensors(metadata=metadata, arrays=arrays)
+    return Tensors(
+        metadata=metadata,
+        arrays={name: _view(payload, start, name, entry) for name, entry in entries.items()},
+        data=_read_only(np.frombuffer(payload, np.uint8, offset=start)),
+        begins={name: entry.data_offsets[0] for name, entry in entries.items()},
+    )
 
 
 def decode_metadata(payload: bytes | bytearray) -> dict[str, str]:
@@ -192,8 +230,12 @@ def _view(payload: bytes | bytearray, start: int, name: str, entry: _Entry) -> N
     if count * dtype.itemsize != end - begin:
         raise _malformed(f"tensor {name!r} {entry.shape} does not fill {end - begin} bytes")
     flat = np.frombuffer(payload, dtype, count=count, offset=start + begin)
-    flat.flags.writeable = False
-    return flat.reshape(entry.shape)
+    return _read_only(flat).reshape(entry.shape)
+
+
+def _read_only(array: NDArray[Any]) -> NDArray[Any]:
+    array.flags.writeable = False
+    return array
 
 
 def _malformed(detail: str) -> PeerProtocolError:

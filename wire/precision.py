@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from wire.codec import Part, Tensors, exact
+from wire.codec import Block, Part, Tensors, exact, exact_block, split
 from wire.errors import PeerProtocolError, Refusal
 from wire.halves import from_half, to_half
 from wire.messages import Precision
@@ -38,7 +38,9 @@ def largest_magnitude(array: Floats) -> float:
     """Largest absolute value; inf or nan where the array holds one; 0 for an empty array."""
     if array.size == 0:
         return 0.0
-    return max(float(array.max()), -float(array.min()))
+    # Not array.max(): with small arrays that costs twice as much.
+    high, low = np.maximum.reduce(array, axis=None), np.minimum.reduce(array, axis=None)
+    return max(float(high), -float(low))
 
 
 def fp16_exponent(magnitude: float) -> int:
@@ -51,18 +53,33 @@ def fp16_exponent(magnitude: float) -> int:
 
 def gradient_parts(
     tensors: Mapping[str, Floats], precision: Precision
-) -> tuple[dict[str, Part], dict[str, str]]:
+) -> tuple[dict[str, Part | Block], dict[str, str]]:
     """Parts and metadata of gradients: fp32 as they are, otherwise scaled fp16 each."""
+    if not tensors:
+        return {}, {}
     if precision is Precision.FP32:
-        return {name: exact(array) for name, array in tensors.items()}, {}
+        return {"gradients": exact_block(tensors)}, {}
     exponents = {name: fp16_exponent(largest_magnitude(a)) for name, a in tensors.items()}
-    parts = {name: _scaled_fp16(array, exponents[name]) for name, array in tensors.items()}
-    return parts, {EXPONENTS: msgspec.json.encode(exponents).decode()}
+    metadata = {EXPONENTS: msgspec.json.encode(exponents).decode()}
+    if len(tensors) == 1:
+        return {name: _scaled_fp16(array, exponents[name]) for name, array in tensors.items()}, (
+            metadata
+        )
+    shapes = {name: array.shape for name, array in tensors.items()}
+
+    def write(out: NDArray[Any]) -> None:
+        # Scaled one by one, converted all at once: a conversion costs more than a product.
+        scaled = np.empty(out.shape, np.float32)
+        for name, part in split(scaled, shapes).items():
+            np.multiply(tensors[name], np.float32(math.ldexp(1.0, exponents[name])), out=part)
+        to_half(scaled, 1.0, out)
+
+    return {"gradients": Block(dtype=np.dtype("<f2"), shapes=shapes, write=write)}, metadata
 
 
 def activation_parts(
     name: str, array: Floats, precision: Precision
-) -> tuple[dict[str, Part], dict[str, str]]:
+) -> tuple[dict[str, Part | Block], dict[str, str]]:
     """Parts and metadata of activations (count, channels, …) in the given precision."""
     if precision is Precision.FP32:
         return {name: exact(array)}, {}
@@ -88,28 +105,71 @@ def read_floats(
     ``limited``, beyond ±LARGEST_VALUE.
     """
     array = tensors.require(name)
-    if array.shape != shape:
-        raise PeerProtocolError(
-            Refusal.SHAPE, f"expected {name!r} of shape {shape}, received {array.shape}"
-        )
+    _check_shape(array, name, shape)
     result = np.empty(shape, np.float32) if out is None else out
     if array.dtype == np.dtype("i1"):
         _dequantise(tensors, name, array, result)
     elif array.dtype in _FLOAT_TYPES:
         # The scale is a power of two: the product is exact.
-        scale = math.ldexp(1.0, -_exponent_of(tensors, name))
+        scale = _scale_of(_exponents(tensors), name)
         if array.dtype.itemsize == 2:
-            from_half(array, scale, result)
-        elif scale == 1.0:
+            from_half(array, 1.0 if scale is None else float(scale), result)
+        elif scale is None:
             np.copyto(result, array)
         else:
             with np.errstate(over="ignore", invalid="ignore"):
-                np.multiply(array, np.float32(scale), out=result)
+                np.multiply(array, scale, out=result)
     else:
         raise PeerProtocolError(
             Refusal.DTYPE, f"expected {name!r} as F32, F16 or I8, received {array.dtype}"
         )
-    magnitude = largest_magnitude(result)
+    _check_magnitude(result, name, limited=limited)
+    return result
+
+
+def read_all_floats(
+    tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], *, limited: bool = True
+) -> dict[str, Floats]:
+    """Decode the tensors of these names and shapes to float32, as ``read_floats`` does each.
+
+    What travels as one block of one type is converted and checked as one. fp32 as it came is not
+    copied: such arrays are read-only views of the message.
+    """
+    for name, shape in shapes.items():
+        _check_shape(tensors.require(name), name, shape)
+    types = {array.dtype for array in tensors.arrays.values()}
+    if tensors.arrays.keys() != shapes.keys() or len(types) != 1 or types - set(_FLOAT_TYPES):
+        return {n: read_floats(tensors, n, s, limited=limited) for n, s in shapes.items()}
+    (dtype,) = types
+    flat = tensors.data.view(dtype)
+    exponents = _exponents(tensors)
+    if dtype.itemsize == 2:
+        halves, flat = flat, np.empty(flat.shape, np.float32)
+        from_half(halves, 1.0, flat)
+    elif any(exponents.get(name) for name in shapes):
+        flat = flat.copy()
+    found = {}
+    for name, shape in shapes.items():
+        begin = tensors.begins[name] // dtype.itemsize
+        found[name] = flat[begin : begin + math.prod(shape)].reshape(shape)
+        if scale := _scale_of(exponents, name):
+            with np.errstate(over="ignore", invalid="ignore"):
+                np.multiply(found[name], scale, out=found[name])
+    if not largest_magnitude(flat) <= LARGEST_VALUE:
+        for name, array in found.items():
+            _check_magnitude(array, name, limited=limited)
+    return found
+
+
+def _check_shape(array: NDArray[Any], name: str, shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise PeerProtocolError(
+            Refusal.SHAPE, f"expected {name!r} of shape {shape}, received {array.shape}"
+        )
+
+
+def _check_magnitude(array: Floats, name: str, *, limited: bool) -> None:
+    magnitude = largest_magnitude(array)
     if not math.isfinite(magnitude):
         raise PeerProtocolError(Refusal.NON_FINITE, f"{name!r} holds values that are not finite")
     if limited and magnitude > LARGEST_VALUE:
@@ -117,7 +177,6 @@ def read_floats(
             Refusal.RANGE,
             f"expected values within ±{LARGEST_VALUE:g} in {name!r}, received {magnitude:g}",
         )
-    return result
 
 
 def read_labels(tensors: Tensors, name: str, count: int, classes: int) -> NDArray[np.int64]:
@@ -153,7 +212,7 @@ def _per_channel(values: NDArray[Any], ndim: int) -> NDArray[Any]:
     return values.reshape((1, -1) + (1,) * (ndim - 2))
 
 
-def _int8_parts(name: str, array: Floats) -> dict[str, Part]:
+def _int8_parts(name: str, array: Floats) -> dict[str, Part | Block]:
     axes = _channel_axes(array.ndim)
     # Zero is inside every channel's range, so that what ReLU cut to zero stays zero.
     low_C = np.minimum(array.min(axis=axes), 0.0)
@@ -193,16 +252,22 @@ def _dequantise(tensors: Tensors, name: str, array: NDArray[Any], out: Floats) -
         np.multiply(out, _per_channel(scale_C, array.ndim), out=out)
 
 
-def _exponent_of(tensors: Tensors, name: str) -> int:
+def _exponents(tensors: Tensors) -> dict[str, int]:
     raw = tensors.metadata.get(EXPONENTS)
     if raw is None:
-        return 0
+        return {}
     try:
-        exponent = _exponents_decoder.decode(raw).get(name, 0)
+        return _exponents_decoder.decode(raw)
     except msgspec.DecodeError as exc:
         raise PeerProtocolError(Refusal.MALFORMED, f"{EXPONENTS}: {exc}") from exc
+
+
+def _scale_of(exponents: Mapping[str, int], name: str) -> np.float32 | None:
+    """What undoes the sender's scale; None where there was none."""
+    if not (exponent := exponents.get(name, 0)):
+        return None
     if abs(exponent) > EXPONENT_LIMIT:
         raise PeerProtocolError(
             Refusal.MALFORMED, f"expected an exponent within ±{EXPONENT_LIMIT}, received {exponent}"
         )
-    return exponent
+    return np.float32(math.ldexp(1.0, -exponent))
