@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from models.reorder import pool_before_relu
 from models.split import SplitNetwork
 from wire.codec import DTYPES
 from wire.errors import ModelError
@@ -107,6 +108,7 @@ def trace_program(split: SplitNetwork) -> SegmentProgram:
                 _Stateless(split.client, names), (tensors, x), dynamic_shapes=shapes
             )
             program = program.run_decompositions({})  # values instead of writes, layers stay whole
+            pool_before_relu(program)
     except Exception as exc:  # torch.export raises many types, for the user's code and its own
         reason = " ".join(str(exc).split())[:400]
         raise ModelError(

@@ -246,6 +246,45 @@ def test_torch_form_is_json_that_names_layers(cnn_bundle: Bundle) -> None:
     assert [node["layer"] for node in graph["nodes"]] == [
         "block1.conv",
         "block1.norm",
+        "block1.pool",  # before ReLU, which gives the same sooner: models/reorder.py
         "block1.relu",
-        "block1.pool",
     ]
+
+
+def operators_of(network: nn.Module, cut: str) -> list[str]:
+    bundle = export(split_network(network, cut, (2, 8, 8)))
+    nodes = json.loads(bundle.files[CLIENT_TORCH])["nodes"]
+    return [node["op"].split(".")[1] for node in nodes]
+
+
+def head(features: int) -> list[nn.Module]:
+    return [nn.Flatten(), nn.Linear(features, 3)]
+
+
+def test_relu_comes_behind_the_pool_that_takes_it_alone() -> None:
+    pooled = [nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    layers = [*pooled, nn.Conv2d(4, 4, 1), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)]
+    assert operators_of(nn.Sequential(*layers, *head(16)), "5") == [
+        *("conv2d", "max_pool2d", "relu"),
+        *("conv2d", "max_pool2d", "relu"),
+    ]
+
+
+@pytest.mark.parametrize("layer", [nn.GELU(), nn.Tanh()])
+def test_other_activations_stay_before_the_pool(layer: nn.Module) -> None:
+    layers = [nn.Conv2d(2, 4, 3, padding=1), layer, nn.MaxPool2d(2)]
+    assert operators_of(nn.Sequential(*layers, *head(64)), "2")[-1] == "max_pool2d"
+
+
+def test_relu_stays_where_its_values_are_taken_elsewhere_too() -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 4, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = torch.relu(self.conv(x))
+            return nn.functional.max_pool2d(h, 2) + nn.functional.avg_pool2d(h, 2)
+
+    operators = operators_of(nn.Sequential(Cut(), *head(64)), "0")
+    assert operators.index("relu") < operators.index("max_pool2d")
