@@ -224,12 +224,15 @@ class _Derivation:
     ) -> dict[str, onnx.ModelProto]:
         g, inputs = self._builder, self._inputs(result)
         cut = cut_in_two(
-            g.needed_for(result.value), g.needed_for(*_values(gradients)), samples=INPUT
+            g.needed_for(result.value, *g.early_values),
+            g.needed_for(*_values(gradients)),
+            samples=INPUT,
         )
         first = {name: inputs[name] for name in inputs if name != GRAD_OUT}
         outputs: dict[str, _Output] = {OUTPUT: (result.value, result.shape)}
         name = "client_forward_kept"
-        found = _infer_shapes(g.model(name, cut.forward, first, outputs))
+        as_made = {value: (value, shape) for value, shape in outputs.values()}
+        found = _infer_shapes(g.model(name, cut.forward, first, as_made))
         values = {f"{KEPT_PREFIX}{n}": value for n, value in enumerate(cut.kept)}
         kept = {name: (value, found[value][0]) for name, value in values.items()}
         kinds = {name: found[value][1] for name, value in values.items()}

@@ -32,6 +32,7 @@ class GraphBuilder:
         self._made: dict[object, tuple[str, ...]] = {}
         self._constants: dict[str, onnx.TensorProto] = {}
         self._count = 0
+        self.early_values: list[str] = []
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
         """The result of an operator with one output; an empty input is one left out."""
@@ -45,6 +46,11 @@ class GraphBuilder:
             self._nodes.append(helper.make_node(kind, inputs, names, **attributes))
             self._made[key] = names
         return self._made[key]
+
+    def early(self, value: str) -> str:
+        """The same value, which the forward pass had better make for the backward pass."""
+        self.early_values.append(value)
+        return value
 
     def array(self, values: NDArray[Any]) -> str:
         """A constant with these values."""
@@ -140,7 +146,7 @@ class GraphBuilder:
 
         ``kinds`` has the types of those that are not float32.
         """
-        nodes = [*nodes, *self.renamings({output: value for output, (value, _) in outputs.items()})]
+        nodes = _name_outputs(nodes, {output: value for output, (value, _) in outputs.items()})
         used = {value for node in nodes for value in node.input}
         graph = helper.make_graph(
             nodes,
@@ -165,6 +171,24 @@ class GraphBuilder:
             name = f"{kind.lower()}_{self._count}"
             if name not in self._reserved:
                 return name
+
+
+def _name_outputs(
+    nodes: Sequence[onnx.NodeProto], outputs: Mapping[str, str]
+) -> list[onnx.NodeProto]:
+    """The nodes with values called as the outputs that they are: a runtime copies what is merely
+    given a second name. An input, or a value that is two outputs, has to be."""
+    made = {value for node in nodes for value in node.output}
+    names = {value: output for output, value in outputs.items() if value in made}
+    named = []
+    for node in nodes:
+        renamed = onnx.NodeProto()
+        renamed.CopyFrom(node)
+        renamed.input[:] = [names.get(value, value) for value in node.input]
+        renamed.output[:] = [names.get(value, value) for value in node.output]
+        named.append(renamed)
+    again = {o: names.get(v, v) for o, v in outputs.items() if names.get(v) != o}
+    return [*named, *GraphBuilder.renamings(again)]
 
 
 def _describe(name: str, shape: Shape, kinds: Mapping[str, int] | None) -> onnx.ValueInfoProto:

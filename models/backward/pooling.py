@@ -6,10 +6,12 @@ Legend: B batch, C channels, L the axes behind them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 from models.backward.calls import Call, Pullback, Rule, Term
 from models.backward.graph import GraphBuilder
@@ -23,8 +25,7 @@ def _max_pool(g: GraphBuilder, call: Call) -> tuple[str, Pullback]:
     windows = pool_windows(call, x.shape, dilated=True)
     padded = windows.padded(g, x.value, fill=float(np.finfo(np.float32).min))
     if windows.tiles:
-        pool = _max_pool_of_stretches if len(windows.kernel) == 1 else _max_pool_of_tiles
-        return pool(g, x, windows, padded)
+        return _max_pool_of_tiles(g, x, windows, padded)
     y, positions = g.ops("MaxPool", 2, padded, **windows.attributes())
 
     def pull(grad: str) -> Iterator[tuple[Term, str]]:
@@ -33,48 +34,70 @@ def _max_pool(g: GraphBuilder, call: Call) -> tuple[str, Pullback]:
     return y, pull
 
 
-def _max_pool_of_stretches(
-    g: GraphBuilder, x: Term, windows: Windows, padded: str
-) -> tuple[str, Pullback]:
-    """Windows side by side on one axis, turned so that each of their cells is one long row."""
-    cells, channels = windows.cells, x.shape[1]
-    turned = g.transpose(g.reshape(padded, (None, cells)), [1, 0])
-    rows = g.ops("Split", cells, turned, axis=0, num_outputs=cells) if cells > 1 else (turned,)
-    y = g.reshape(g.op("Max", *rows), (None, channels, *windows.outputs))
-
-    def pull(grad: str) -> Iterator[tuple[Term, str]]:
-        left = g.reshape(grad, (1, None))
-        parts = []
-        for number, row in enumerate(rows[:-1], start=1):
-            first = g.mask("GreaterOrEqual", row, g.op("Max", *rows[number:]))
-            parts.append(g.op("Mul", left, first))
-            left = g.op("Sub", left, parts[-1])  # what later cells may get
-        spread = g.transpose(g.concat([*parts, left], axis=0), [1, 0])
-        sizes = [outputs * cells for outputs in windows.outputs]
-        yield x, windows.unpadded(g, g.reshape(spread, (None, channels, *sizes)))
-
-    return y, pull
-
-
 def _max_pool_of_tiles(
     g: GraphBuilder, x: Term, windows: Windows, padded: str
 ) -> tuple[str, Pullback]:
-    """ONNX Runtime takes 25 times as long to pool if it has to tell the positions: compare with the
-    maximum instead, and again with the cells numbered backwards, for the first of equal values."""
-    attributes = windows.attributes()
-    y = g.op("MaxPool", padded, **attributes)
-    numbers = np.arange(windows.cells, 0, -1, dtype=np.float32).reshape(windows.kernel)
-    ranks = g.array(np.tile(numbers, windows.outputs)[None, None])
+    """Windows side by side, their largest value found along one axis after the other, last first.
+
+    ONNX Runtime takes 25 times as long to pool if it has to tell the positions. Here a mask for
+    each axis says which of the cells in line has the value; the forward pass makes them, since they
+    are a small part of what they are made from.
+    """
+    steps = []
+    value, sizes = padded, list(windows.padded_sizes)
+    for axis in reversed(range(len(sizes))):
+        cells = windows.kernel[axis]
+        if cells == 1:
+            continue
+        sizes[axis] //= cells
+        step = _Line(cells, math.prod(sizes[axis + 1 :]))
+        value, firsts = step.largest(g, value)
+        steps.append((step, firsts))
 
     def pull(grad: str) -> Iterator[tuple[Term, str]]:
-        largest = g.mask("Equal", padded, g.repeat(y, windows.kernel))
-        ranked = g.op("Mul", largest, ranks)
-        highest = g.op("MaxPool", ranked, **attributes)
-        first = g.mask("Equal", ranked, g.repeat(highest, windows.kernel))
-        spread = g.op("Mul", first, g.repeat(grad, windows.kernel))
-        yield x, windows.unpadded(g, spread)
+        spread = grad
+        for step, firsts in reversed(steps):
+            spread = step.spread(g, spread, firsts)
+        whole = g.reshape(spread, (None, x.shape[1], *windows.padded_sizes))
+        yield x, windows.unpadded(g, whole)
 
-    return y, pull
+    return g.reshape(value, (None, x.shape[1], *windows.outputs)), pull
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """``cells`` in line with each other, ``apart`` values from one to the next."""
+
+    cells: int
+    apart: int
+
+    def largest(self, g: GraphBuilder, value: str) -> tuple[str, list[str]]:
+        """The largest of each line, and for all cells but the last where it is the first of it."""
+        rows = self._rows(g, value)
+        firsts = []
+        for number, row in enumerate(rows[:-1], start=1):
+            rest = rows[number] if number + 1 == len(rows) else g.op("Max", *rows[number:])
+            firsts.append(g.early(g.op("GreaterOrEqual", row, rest)))
+        return g.op("Max", *rows), firsts
+
+    def spread(self, g: GraphBuilder, grad: str, firsts: Sequence[str]) -> str:
+        """Each line's gradient at the cell that had the value, 0 at the others."""
+        left = g.reshape(grad, (1, None) if self.apart == 1 else (None, 1, self.apart))
+        parts = []
+        for first in firsts:
+            parts.append(g.op("Mul", left, g.op("Cast", first, to=TensorProto.FLOAT)))
+            left = g.op("Sub", left, parts[-1])  # what later cells may get
+        if self.apart == 1:
+            return g.transpose(g.concat([*parts, left], axis=0), [1, 0])
+        return g.concat([*parts, left], axis=1)
+
+    def _rows(self, g: GraphBuilder, value: str) -> tuple[str, ...]:
+        """Each cell of all lines: single values are turned, so that each cell is one long row."""
+        if self.apart == 1:
+            turned = g.transpose(g.reshape(value, (None, self.cells)), [1, 0])
+            return g.ops("Split", self.cells, turned, axis=0, num_outputs=self.cells)
+        lines = g.reshape(value, (None, self.cells, self.apart))
+        return g.ops("Split", self.cells, lines, axis=1, num_outputs=self.cells)
 
 
 def _spread_maxima(
