@@ -15,8 +15,8 @@ from split_fleet import FleetRun, build_agents, measure_fleet
 from undivided import Batch, SharedData, measure_undivided
 
 from coordinator.broker import EmbeddedBroker
-from edge_agent.compute import ForwardName
 from wire.messages import Precision
+from wire.quick_client import ClientName
 
 R = TypeVar("R")
 
@@ -31,7 +31,8 @@ class Plan:
 
     cases: Sequence[Case]
     precisions: Sequence[Precision]
-    forwards: Sequence[ForwardName]
+    engines: Sequence[str]
+    clients: Sequence[ClientName]
     repeats: int
     steps: int | None
     warm_up: int
@@ -88,7 +89,7 @@ class Row:
 
 
 class Bench:
-    """Measures one case; for each forward engine the agents stay while runs come and go."""
+    """Measures one case; for each engine and client the agents stay while runs come and go."""
 
     def __init__(
         self,
@@ -108,17 +109,25 @@ class Bench:
         self._samples = (self._steps + plan.warm_up) * case.global_batch
         self._data = SharedData(case, self._samples)
 
-    def measure(self, forward: ForwardName) -> list[Row]:
-        """All precisions of the plan, interleaved."""
-        variants = [Variant(precision=p, forward=forward) for p in self._plan.precisions]
+    def measure(self, engine: str) -> list[Row]:
+        """All clients and precisions of the plan, interleaved."""
+        plan = self._plan
+        variants = [
+            Variant(precision=precision, engine=engine, client=client)
+            for client in plan.clients
+            for precision in plan.precisions
+        ]
         series = {variant: Series() for variant in variants}
-        directory = self._directory / f"agents-{forward}"
-        agents = build_agents(self._case, forward, self._broker, directory, samples=self._samples)
-        with agents:
-            for repeat in range(self._plan.repeats):
-                for variant in variants:
-                    self._measure_once(variant, series[variant], agents)
-                    self._note(_describe(self._case, variant, repeat + 1, series[variant]))
+        for repeat in range(plan.repeats):
+            for client in plan.clients:
+                directory = self._directory / f"agents-{engine}-{client}"
+                with build_agents(
+                    self._case, engine, client, self._broker, directory, samples=self._samples
+                ) as agents:
+                    for variant in variants:
+                        if variant.client == client:
+                            self._measure_once(variant, series[variant], agents)
+                            self._note(_describe(self._case, variant, repeat + 1, series[variant]))
         return [self._row(variant, series[variant]) for variant in variants]
 
     def _measure_once(self, variant: Variant, series: Series, agents: Processes) -> None:
@@ -126,7 +135,9 @@ class Bench:
             lambda: self._train_fleet(variant, agents), lambda result: result.sample
         )
         sizes = floor_sizes(self._case, variant, run.manifest)
-        floor = self._quietest(lambda: self._pass_messages(sizes), lambda result: result)
+        floor = self._quietest(
+            lambda: self._pass_messages(sizes, variant.client), lambda result: result
+        )
         series.ours.append(run.sample)
         series.floor.append(floor)
         series.bytes_up_per_step = run.bytes_up_per_step
@@ -139,7 +150,7 @@ class Bench:
 
     def _train_fleet(self, variant: Variant, agents: Processes) -> FleetRun:
         self._runs += 1
-        name = f"{variant.forward}-{variant.precision.value}-{self._runs}"
+        name = f"{variant.engine}-{variant.client}-{variant.precision.value}-{self._runs}"
         return measure_fleet(
             self._case,
             variant,
@@ -151,10 +162,11 @@ class Bench:
             warm_up=self._plan.warm_up,
         )
 
-    def _pass_messages(self, sizes: Mapping[str, MessageSizes]) -> Sample:
+    def _pass_messages(self, sizes: Mapping[str, MessageSizes], client: ClientName) -> Sample:
         return measure_floor(
             sizes,
             self._broker,
+            client,
             self._directory / "floor",
             steps=self._steps,
             warm_up=self._plan.warm_up,
@@ -205,7 +217,7 @@ def _describe(case: Case, variant: Variant, repeat: int, series: Series) -> str:
     floor, ours, undivided = series.floor[-1], series.ours[-1], series.undivided[-1]
     others = max(sample.usage.others_cores for sample in (floor, ours, undivided))
     return (
-        f"{case.name} {variant.forward} {variant.precision.value} #{repeat}: "
+        f"{case.name} {variant.engine} {variant.client} {variant.precision.value} #{repeat}: "
         f"floor {floor.steps_per_s:.1f}/s, ours {ours.steps_per_s:.1f}/s, "
         f"undivided {undivided.steps_per_s:.1f}/s; others used up to {others:.2f} cores"
     )

@@ -15,16 +15,23 @@ import numpy as np
 from coordinator.allocation import Policy
 from coordinator.config import CheckpointSettings, NetworkSettings, RunSettings
 from coordinator.planning import PolicySettings
-from edge_agent.compute import ForwardName
 from edge_agent.config import AgentSettings, ComputeSettings
 from edge_agent.datasets import DataSettings, IdxSource, PartitionSettings
 from wire.messages import Precision
 from wire.mqtt import MqttSettings
+from wire.quick_client import ClientName
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = 10
 FLEET = "benchmark"
 NEVER = 1_000_000_000  # steps between two checkpoints
+
+# What a device is set to: with PyTorch, without it, and with each pass on another of the two.
+ENGINES = {
+    "torch": ComputeSettings(forward="torch", backward="torch", threads=1),
+    "onnxruntime": ComputeSettings(forward="onnxruntime", backward="onnxruntime", threads=1),
+    "mixed": ComputeSettings(forward="onnxruntime", backward="torch", threads=1),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +50,11 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """How a case's tensors travel and what runs the client segment forward."""
+    """How a case's tensors travel, what runs the client segment, and over which MQTT client."""
 
     precision: Precision
-    forward: ForwardName
+    engine: str
+    client: ClientName
 
 
 _MLP: dict[str, Any] = {
@@ -120,7 +128,7 @@ def build_run(
 
 
 def build_agent(
-    case: Case, forward: ForwardName, mqtt: MqttSettings, out: Path, *, index: int, samples: int
+    case: Case, engine: str, mqtt: MqttSettings, out: Path, *, index: int, samples: int
 ) -> AgentSettings:
     """One device with its part of the samples and one thread for its client segment."""
     device = device_names(case)[index]
@@ -129,7 +137,7 @@ def build_agent(
         fleet=FLEET,
         mqtt=mqtt,
         data=build_data(case, samples, index),
-        compute=ComputeSettings(forward=forward, threads=1),
+        compute=ENGINES[engine],
         state_dir=str(out / device),
     )
 

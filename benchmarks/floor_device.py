@@ -1,8 +1,8 @@
 """The floor's client: answers where paho calls it, with bytes that were made beforehand.
 
-As a program it is one device: ``python floor_device.py HOST PORT FLEET DEVICE ACTIVATION_BYTES
-GRADIENT_BYTES`` answers every weights message and every cut gradient until it is ended. It imports
-nothing but ``wire``, so that starting one costs little.
+As a program it is one device: ``python floor_device.py HOST PORT CLIENT FLEET DEVICE
+ACTIVATION_BYTES GRADIENT_BYTES`` answers every weights message and every cut gradient until it is
+ended. It imports nothing but ``wire``, so that starting one costs little.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from paho.mqtt.properties import Properties
 
 from wire.inbox import Inbox
@@ -89,9 +90,9 @@ def build_device(
 
 def main() -> None:
     """Serve as one device until a signal ends the process."""
-    host, port, fleet, device, activation_bytes, gradient_bytes = sys.argv[1:]
+    host, port, client, fleet, device, activation_bytes, gradient_bytes = sys.argv[1:]
     connection = build_device(
-        MqttSettings(host=host, port=int(port)),
+        msgspec.convert({"host": host, "port": int(port), "client": client}, MqttSettings),
         fleet=fleet,
         device=device,
         activation_bytes=int(activation_bytes),

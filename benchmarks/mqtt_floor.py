@@ -36,6 +36,7 @@ from wire.messages import (
 )
 from wire.mqtt import MqttSettings
 from wire.precision import activation_parts, gradient_parts
+from wire.quick_client import ClientName
 from wire.topics import Channel, build_topic, coordinator_subscriptions
 
 FLEET = "floor"
@@ -146,14 +147,16 @@ def floor_sizes(case: Case, variant: Variant, manifest: Manifest) -> dict[str, M
 def measure_floor(
     sizes: Mapping[str, MessageSizes],
     broker: EmbeddedBroker,
+    client: ClientName,
     directory: Path,
     *,
     steps: int,
     warm_up: int,
 ) -> Sample:
     """Steps per second of the bare pattern, after ``warm_up`` steps."""
-    coordinator = FloorCoordinator(MqttSettings(host=broker.host, port=broker.port), sizes)
-    commands = {device: _device_command(broker, device, size) for device, size in sizes.items()}
+    settings = MqttSettings(host=broker.host, port=broker.port, client=client)
+    coordinator = FloorCoordinator(settings, sizes)
+    commands = {device: _device_command(settings, device, size) for device, size in sizes.items()}
     coordinator.connection.start()
     with Processes(commands, directory) as devices:
         _wait_for(lambda: coordinator.connection.is_connected, devices)
@@ -167,8 +170,8 @@ def measure_floor(
     return clock.sample
 
 
-def _device_command(broker: EmbeddedBroker, device: str, sizes: MessageSizes) -> list[str]:
-    place = [broker.host, str(broker.port), FLEET, device]
+def _device_command(settings: MqttSettings, device: str, sizes: MessageSizes) -> list[str]:
+    place = [settings.host, str(settings.port), settings.client, FLEET, device]
     return [sys.executable, str(_PROGRAM), *place, str(sizes.activations), str(sizes.gradients)]
 
 

@@ -23,9 +23,9 @@ from coordinator.model import BUNDLE_FILE
 from coordinator.recorder import StepRecord
 from coordinator.reporting import NullReporter
 from coordinator.service import CoordinatorService
-from edge_agent.compute import ForwardName
 from wire.bundle import Bundle, Manifest
 from wire.mqtt import MqttSettings
+from wire.quick_client import ClientName
 
 TIMEOUT_S = 600.0
 
@@ -55,14 +55,21 @@ class FleetRun:
 
 
 def build_agents(
-    case: Case, forward: ForwardName, broker: EmbeddedBroker, directory: Path, *, samples: int
+    case: Case,
+    engine: str,
+    client: ClientName,
+    broker: EmbeddedBroker,
+    directory: Path,
+    *,
+    samples: int,
 ) -> Processes:
     """The case's agents, not yet started; ``samples`` are dealt out to them."""
-    mqtt = MqttSettings(host=broker.host, port=broker.port)
+    mqtt = MqttSettings(host=broker.host, port=broker.port, client=client)
     directory.mkdir(parents=True, exist_ok=True)
+    state = directory.parent / "state"  # a device that comes back with another client is the same
     commands = {}
     for index, device in enumerate(device_names(case)):
-        agent = build_agent(case, forward, mqtt, directory, index=index, samples=samples)
+        agent = build_agent(case, engine, mqtt, state, index=index, samples=samples)
         path = directory / f"{device}.yaml"
         path.write_bytes(msgspec.yaml.encode(agent))
         commands[device] = [sys.executable, "-m", "edge_agent", "run", "-c", str(path)]
@@ -81,7 +88,7 @@ def measure_fleet(
     warm_up: int,
 ) -> FleetRun:
     """Train one epoch and measure the steps after ``warm_up``."""
-    mqtt = MqttSettings(host=broker.host, port=broker.port)
+    mqtt = MqttSettings(host=broker.host, port=broker.port, client=variant.client)
     settings = build_run(case, variant, mqtt, out, name=out.name, threads=threads)
     roles = {"coordinator": [os.getpid()], "devices": agents.pids, "broker": [broker.pid or 0]}
     clock = SteadyClock(roles, warm_up=warm_up, steps=steps)

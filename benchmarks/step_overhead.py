@@ -17,11 +17,11 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from bench import Bench, Plan, Row
-from cases import CASES
+from cases import CASES, ENGINES
 from machine import describe_machine
 from processes import BenchmarkError
 
@@ -29,13 +29,14 @@ from coordinator.broker import BrokerKind, embedded_broker
 from wire.command import configure_logging
 from wire.errors import SplitfleetError
 from wire.messages import Precision
+from wire.quick_client import ClientName
 
 WARM_UP_STEPS = 20
 QUICK_STEPS = 4
 QUICK_WARM_UP_STEPS = 2
 
 HEADER = (
-    "| case | forward | payload | floor, steps/s | ours, steps/s | ours/floor "
+    "| case | passes | client | payload | floor, steps/s | ours, steps/s | ours/floor "
     "| undivided, ms (1 thread) | ours, ms | ours/undivided | others, cores |"
 )
 
@@ -77,11 +78,18 @@ def _parse_options() -> argparse.Namespace:
         "--precisions", nargs="+", choices=["fp32", "fp16", "int8"], default=["fp32", "fp16"]
     )
     parser.add_argument(
-        "--forwards",
+        "--engines",
         nargs="+",
-        choices=["onnxruntime", "torch"],
-        default=["onnxruntime", "torch"],
-        help="what runs the client segment forward",
+        choices=list(ENGINES),
+        default=["torch", "onnxruntime"],
+        help="what runs the client segment's passes (mixed: forward onnxruntime, backward torch)",
+    )
+    parser.add_argument(
+        "--clients",
+        nargs="+",
+        choices=get_args(ClientName),
+        default=list(get_args(ClientName)),
+        help="the MQTT client of the floor and of ours: ours upon paho, or paho's own",
     )
     parser.add_argument("--repeats", type=_positive, default=5, help="samples per measurement")
     parser.add_argument("--steps", type=_positive, help="steps per sample, instead of the case's")
@@ -117,7 +125,8 @@ def _build_plan(options: argparse.Namespace) -> Plan:
     return Plan(
         cases=[CASES[name] for name in options.cases],
         precisions=[Precision(name) for name in options.precisions],
-        forwards=options.forwards,
+        engines=options.engines,
+        clients=options.clients,
         repeats=1 if quick else options.repeats,
         steps=options.steps or (QUICK_STEPS if quick else None),
         warm_up=QUICK_WARM_UP_STEPS if quick else WARM_UP_STEPS,
@@ -135,8 +144,8 @@ def _measure(plan: Plan, folder: Path) -> tuple[str, list[Row]]:
     with embedded_broker(directory=directory, kind=BrokerKind.MOSQUITTO) as broker:
         for case in plan.cases:
             bench = Bench(plan, case, broker, folder / case.name, _note)
-            for forward in plan.forwards:
-                rows += bench.measure(forward)
+            for engine in plan.engines:
+                rows += bench.measure(engine)
         return f"{broker.kind.value} {broker.version}", rows
 
 
@@ -156,7 +165,7 @@ def _print_report(facts: dict[str, Any], rows: list[Row]) -> None:
         print(f"{name}: {shown}")
     print()
     print(HEADER)
-    print("|---|---|---|--:|--:|--:|--:|--:|--:|--:|")
+    print("|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|")
     for row in rows:
         print(_table_line(row))
 
@@ -165,7 +174,8 @@ def _table_line(row: Row) -> str:
     others = max(m.others_cores for m in (row.floor, row.ours, row.undivided))
     cells = (
         row.case.title,
-        row.variant.forward,
+        row.variant.engine,
+        row.variant.client,
         row.variant.precision.value,
         f"{row.floor.steps_per_s:.1f}",
         f"{row.ours.steps_per_s:.1f}",
@@ -179,7 +189,11 @@ def _table_line(row: Row) -> str:
 
 
 def _to_builtins(row: Row) -> dict[str, Any]:
-    variant = {"forward": row.variant.forward, "precision": row.variant.precision.value}
+    variant = {
+        "engine": row.variant.engine,
+        "client": row.variant.client,
+        "precision": row.variant.precision.value,
+    }
     document = asdict(row) | variant
     del document["variant"]
     for name in ("floor", "ours", "undivided", "undivided_one_thread"):

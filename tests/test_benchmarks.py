@@ -24,7 +24,16 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any
     assert find_mosquitto() is not None, "Mosquitto is not installed"
     out = tmp_path_factory.mktemp("benchmark") / "results.json"
     command = [sys.executable, "benchmarks/step_overhead.py", "--quick", "--cases", "mlp-n1"]
-    options = ["--precisions", "fp32", "--forwards", "onnxruntime", "--json", str(out)]
+    options = [
+        "--precisions",
+        "fp32",
+        "--engines",
+        "onnxruntime",
+        "--clients",
+        "quick",
+        "--json",
+        str(out),
+    ]
     done = subprocess.run(
         [*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
