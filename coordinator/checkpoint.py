@@ -38,6 +38,7 @@ MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
 _NAME = re.compile(r"step-(?P<step>\d{10,})-(?P<digest>[0-9a-f]{16})\.safetensors")
 _TEMPORARY_PREFIX = ".checkpoint-"
 _TEMPORARY_SUFFIX = ".tmp"
+_LIBRARY_TEMPORARIES = ".tmp??????"  # safetensors' own, on the way to the name it was given
 
 
 # Separates a parameter's name, which may hold dots, from the entry of its optimiser state.
@@ -238,8 +239,9 @@ def _flush_directory(directory: Path) -> None:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    for path in directory.glob(f"{_TEMPORARY_PREFIX}*{_TEMPORARY_SUFFIX}"):
-        path.unlink(missing_ok=True)
+    for pattern in (f"{_TEMPORARY_PREFIX}*{_TEMPORARY_SUFFIX}", _LIBRARY_TEMPORARIES):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
