@@ -101,6 +101,24 @@ def test_restored_planner_continues_identically(
     assert _drain(EpochPlanner.from_state(arguments["label_counts"], state)) == steps[at:]
 
 
+def test_planner_restored_after_a_device_ran_out_continues_identically() -> None:
+    """Its lists of who holds what are made anew, without the device."""
+    arguments: dict[str, Any] = {
+        "label_counts": [[0, 0, 9, 8], [0, 13, 0, 0], [0, 0, 0, 1], [4, 0, 0, 0], [1, 1, 0, 0]],
+        "global_batch": 13,
+        "delays_s": [0.0, 0.0, 0.0, 2.0, 0.25],
+        "per_sample_s": [1.0, 0.0, 0.0, 0.0, 1.5],
+        "refit_every": 2,
+    }
+    steps = _drain(EpochPlanner(policy="class-targeted", **arguments))
+    for at in range(len(steps) + 1):
+        broken_off = EpochPlanner(policy="class-targeted", **arguments)
+        for _ in range(at):
+            broken_off.next_step()
+        state = json.loads(json.dumps(broken_off.state()))
+        assert _drain(EpochPlanner.from_state(arguments["label_counts"], state)) == steps[at:]
+
+
 def _epoch_s(counts: np.ndarray, batch: int, policy: str, fixed: Times, each: Times) -> float:
     steps = plan_epoch(counts, batch, policy=policy, delays_s=fixed, per_sample_s=each, seed=2)
     speeds = Speeds(fixed_K=np.array(fixed), per_sample_K=np.array(each))

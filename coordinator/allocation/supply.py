@@ -170,9 +170,14 @@ def fill_exactly(demand: Demand, speeds: Speeds, time_s: float) -> IntArray | No
 
 
 def _slowness_rank(demand: Demand, devices: IntArray) -> FloatArray:
-    """From 1 for the slowest down to 0, by the order of the lists of holders."""
+    """From 1 for the slowest down to 0, by the order of the lists of holders.
+
+    Only those count that hold the class still: lists that were made anew, as after a resume, lack
+    the others.
+    """
     rank_K = np.zeros(demand.shape[1])
-    for holders in demand.holders:
+    for listed, remaining_K in zip(demand.holders, demand.remaining_MK, strict=True):
+        holders = listed[remaining_K[listed] > 0]
         rank_K[holders] = np.maximum(rank_K[holders], np.linspace(1.0, 0.0, holders.size))
     return rank_K[devices]
 
