@@ -57,7 +57,7 @@ class StepBatch:
         return np.bincount(labels, minlength=self._classes).astype(np.int64)
 
     def add_gradients(self, slot: PlannedSlot, gradients: dict[str, Floats]) -> None:
-        """Take a slot's parameter gradients (those that may be written become the batch's own).
+        """Take a slot's parameter gradients (the arrays become the batch's own).
 
         Slots are summed in plan order, whenever they came, so that the order of arrival never
         shows in the bits; only those that wait for an earlier one are kept.
@@ -86,7 +86,7 @@ class StepBatch:
             return
         self._samples += slot.count
         if not self._total:
-            self._total = {n: a if a.flags.writeable else a.copy() for n, a in gradients.items()}
+            self._total = gradients
             return
         for name, array in gradients.items():
             self._total[name] += array

@@ -106,6 +106,12 @@ class SplitTrainer:
         self._server_parameters = _trainable(server)
         for parameter in self._client_parameters.values():
             parameter.requires_grad_(not frozen)
+        # Both are written in place, by optimisers and by ``restore``.
+        self._client_weights = {
+            name: tensor.detach().numpy()
+            for name, tensor in client.state_dict().items()
+            if tensor.is_floating_point()
+        }
         self._server_optimiser = _optional_optimiser(optimiser, self._server_parameters)
         self._client_optimiser = (
             None
@@ -119,12 +125,8 @@ class SplitTrainer:
         return {name: tuple(p.shape) for name, p in self._client_parameters.items()}
 
     def client_weights(self) -> dict[str, Floats]:
-        """The client segment's parameters and float buffers, as views."""
-        return {
-            name: tensor.detach().numpy()
-            for name, tensor in self.client.state_dict().items()
-            if tensor.is_floating_point()
-        }
+        """The client segment's parameters and float buffers, as views that stay."""
+        return self._client_weights
 
     def run_server(self, activations: Floats, labels: NDArray[np.int64]) -> ServerResult:
         """Forward and backward of the server segment on activations (B, …), labels (B,)."""

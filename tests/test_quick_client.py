@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import paho.mqtt.client as paho
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
-from coordinator.broker import BrokerKind, EmbeddedBroker, embedded_broker
-from tests.brokers import WAIT_S, start_mosquitto
+from coordinator.broker import BrokerKind, EmbeddedBroker, embedded_broker, find_free_port
+from tests.brokers import WAIT_S, configured_mosquitto, start_mosquitto
 from wire import quick_client
 from wire.inbox import Disconnected, Inbox, Received
 from wire.mqtt import MqttConnection, MqttSettings, wait_for_connection
 from wire.quick_client import ClientName, QuickClient, build_client
+from wire.tls import TlsSettings
 from wire.topics import Channel, build_topic
 
 pytestmark = pytest.mark.broker
@@ -36,11 +45,15 @@ def broker(
 
 @contextmanager
 def connection(
-    port: int, name: str, client: ClientName, *subscriptions: str
+    port: int,
+    name: str,
+    client: ClientName,
+    *subscriptions: str,
+    tls: TlsSettings | None = None,
 ) -> Iterator[tuple[MqttConnection, Inbox]]:
     inbox = Inbox()
     made = MqttConnection(
-        MqttSettings(port=port, client=client, reconnect_min_s=0.1, reconnect_max_s=0.2),
+        MqttSettings(port=port, client=client, tls=tls, reconnect_min_s=0.1, reconnect_max_s=0.2),
         client_id=name,
         fleet=FLEET,
         subscriptions=list(subscriptions),
@@ -58,13 +71,13 @@ def connection(
 
 @contextmanager
 def both(
-    broker: EmbeddedBroker, client: ClientName
+    port: int, client: ClientName, tls: TlsSettings | None = None
 ) -> Iterator[tuple[MqttConnection, MqttConnection, Inbox]]:
     """A coordinator that writes, a device that reads, and what the device gets."""
     topics = [build_topic(FLEET, Channel.CUT_GRADIENT, "d1"), build_topic(FLEET, Channel.WEIGHTS)]
     with ExitStack() as stack:
-        reader, inbox = stack.enter_context(connection(broker.port, "d1", client, *topics))
-        writer, _ = stack.enter_context(connection(broker.port, "c", client))
+        reader, inbox = stack.enter_context(connection(port, "d1", client, *topics, tls=tls))
+        writer, _ = stack.enter_context(connection(port, "c", client, tls=tls))
         # A subscription is granted some time after the connection: the first message that comes
         # says that it is.
         granted = threading.Event()
@@ -91,7 +104,7 @@ def test_messages_of_all_sizes_arrive_whole_and_in_order(
     broker: EmbeddedBroker, client: ClientName
 ) -> None:
     payloads = [os.urandom(size) for size in (1, 100, 65_000, 65_536, 70_000, 3_000_000, 7)]
-    with both(broker, client) as (writer, reader, inbox):
+    with both(broker.port, client) as (writer, reader, inbox):
         for payload in payloads:
             assert writer.publish(Channel.CUT_GRADIENT, payload, device="d1", expiry_s=60.0)
         messages = receive(inbox, len(payloads))
@@ -103,12 +116,10 @@ def test_messages_of_all_sizes_arrive_whole_and_in_order(
         assert reader.bytes_received >= sum(map(len, payloads))
 
 
-def test_threads_that_write_at_once_do_not_cut_into_each_others_messages(
-    broker: EmbeddedBroker,
-) -> None:
-    """The network thread acknowledges what comes in while two others write."""
+def write_and_answer_at_once(port: int, tls: TlsSettings | None = None) -> None:
+    """Two threads write while the network thread acknowledges, and the reader writes as well."""
     rounds = 60
-    with both(broker, "quick") as (writer, reader, inbox):
+    with both(port, "quick", tls) as (writer, reader, inbox):
 
         def write(mark: int) -> None:
             for number in range(rounds):
@@ -127,6 +138,83 @@ def test_threads_that_write_at_once_do_not_cut_into_each_others_messages(
         for thread in threads:
             thread.join(WAIT_S)
         assert seen == {1: list(range(rounds)), 2: list(range(rounds))}
+
+
+def test_threads_that_write_at_once_do_not_cut_into_each_others_messages(
+    broker: EmbeddedBroker,
+) -> None:
+    write_and_answer_at_once(broker.port)
+
+
+def test_the_same_over_tls(tmp_path: Path) -> None:
+    port = find_free_port()
+    ca, cert, key = write_certificates(tmp_path)
+    text = f"""
+listener {port} 127.0.0.1
+allow_anonymous true
+certfile {cert}
+keyfile {key}
+max_inflight_messages 100
+max_queued_messages 0
+max_packet_size 10000000
+"""
+    with configured_mosquitto(text, tmp_path, port):
+        write_and_answer_at_once(port, TlsSettings(ca=str(ca)))
+
+
+def test_with_tls_only_the_network_thread_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenSSL must not read and write one connection in two threads at once."""
+    writers: set[str] = set()
+    inner = ssl.SSLSocket.send
+
+    def send(self: ssl.SSLSocket, *args: Any) -> int:
+        writers.add(threading.current_thread().name)
+        return inner(self, *args)
+
+    monkeypatch.setattr(ssl.SSLSocket, "send", send)
+    port = find_free_port()
+    ca, cert, key = write_certificates(tmp_path)
+    text = f"listener {port} 127.0.0.1\nallow_anonymous true\ncertfile {cert}\nkeyfile {key}\n"
+    with (
+        configured_mosquitto(text, tmp_path, port),
+        both(port, "quick", TlsSettings(ca=str(ca))) as (writer, _, inbox),
+    ):
+        writer.publish(Channel.CUT_GRADIENT, b"x" * 200_000, device="d1")
+        receive(inbox, 1)
+    assert writers
+    assert all(name.startswith("paho-mqtt-client") for name in writers)
+
+
+def write_certificates(directory: Path) -> tuple[Path, Path, Path]:
+    """A certificate for 127.0.0.1 that is its own authority: (authority, certificate, key)."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "broker")])
+    now = datetime.now(UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    paths = (directory / "broker.crt", directory / "broker.key")
+    paths[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    paths[1].write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return paths[0], paths[0], paths[1]
 
 
 def test_message_to_nobody_is_done_with(broker: EmbeddedBroker) -> None:

@@ -132,8 +132,9 @@ def read_all_floats(
 ) -> dict[str, Floats]:
     """Decode the tensors of these names and shapes to float32, as ``read_floats`` does each.
 
-    What travels as one block of one type is converted and checked as one. fp32 as it came is not
-    copied: such arrays are read-only views of the message.
+    What travels as one block of one type is converted and checked as one. fp32 is copied, once: a
+    matrix product can have other bits where its memory is aligned otherwise, and where a tensor
+    lies in a message depends on the length of a name.
     """
     for name, shape in shapes.items():
         _check_shape(tensors.require(name), name, shape)
@@ -146,16 +147,16 @@ def read_all_floats(
     if dtype.itemsize == 2:
         halves, flat = flat, np.empty(flat.shape, np.float32)
         from_half(halves, 1.0, flat)
-    elif any(exponents.get(name) for name in shapes):
-        flat = flat.copy()
     found = {}
     for name, shape in shapes.items():
         begin = tensors.begins[name] // dtype.itemsize
-        found[name] = flat[begin : begin + math.prod(shape)].reshape(shape)
+        view = flat[begin : begin + math.prod(shape)].reshape(shape)
+        found[name] = view if view.flags.writeable else view.copy()
         if scale := _scale_of(exponents, name):
             with np.errstate(over="ignore", invalid="ignore"):
                 np.multiply(found[name], scale, out=found[name])
-    if not largest_magnitude(flat) <= LARGEST_VALUE:
+    is_scaled_apart = dtype.itemsize == 4 and bool(exponents)  # then flat is as it came
+    if is_scaled_apart or not largest_magnitude(flat) <= LARGEST_VALUE:
         for name, array in found.items():
             _check_magnitude(array, name, limited=limited)
     return found

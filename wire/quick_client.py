@@ -118,8 +118,10 @@ class QuickClient(paho.Client):
         """Queue the pieces of one packet, and write them at once where nothing is before them.
 
         Only messages and acknowledgements: before the broker's acceptance CONNECT has to go first,
-        and a connection is ended by the thread that reads from it.
+        and a connection is ended by the thread that reads from it. With TLS that thread writes too:
+        OpenSSL must not read and write one connection in two threads at once.
         """
+        is_reader = threading.current_thread() is self._thread
         with self._write_lock:
             is_first = not self._out_packet
             for packet, qos, info in pieces:
@@ -135,9 +137,10 @@ class QuickClient(paho.Client):
                     }
                 )
             is_open = self._state == _ConnectionState.MQTT_CS_CONNECTED
-            if is_first and is_open and command & 0xF0 in _WRITTEN_AT_ONCE:
+            may_write = is_reader or not isinstance(self._sock, ssl.SSLSocket)
+            if is_first and is_open and may_write and command & 0xF0 in _WRITTEN_AT_ONCE:
                 self._packet_write()  # an error is left to the network thread: it meets it too
-        if self._out_packet and threading.current_thread() is not self._thread:
+        if self._out_packet and not is_reader:
             self._wake()
         return MQTTErrorCode.MQTT_ERR_SUCCESS
 
