@@ -15,8 +15,8 @@ from split_fleet import FleetRun, build_agents, measure_fleet
 from undivided import Batch, SharedData, measure_undivided
 
 from coordinator.broker import EmbeddedBroker
+from wire.client_choice import ClientName
 from wire.messages import Precision
-from wire.quick_client import ClientName
 
 R = TypeVar("R")
 

@@ -17,9 +17,9 @@ from coordinator.config import CheckpointSettings, NetworkSettings, RunSettings
 from coordinator.planning import PolicySettings
 from edge_agent.config import AgentSettings, ComputeSettings
 from edge_agent.datasets import DataSettings, IdxSource, PartitionSettings
+from wire.client_choice import ClientName
 from wire.messages import Precision
 from wire.mqtt import MqttSettings
-from wire.quick_client import ClientName
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = 10

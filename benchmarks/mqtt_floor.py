@@ -26,6 +26,7 @@ from samples import Sample, SteadyClock
 
 from coordinator.broker import EmbeddedBroker
 from wire.bundle import Manifest
+from wire.client_choice import ClientName
 from wire.codec import encode_tensors, exact
 from wire.messages import (
     ActivationsHeader,
@@ -36,7 +37,6 @@ from wire.messages import (
 )
 from wire.mqtt import MqttSettings
 from wire.precision import activation_parts, gradient_parts
-from wire.quick_client import ClientName
 from wire.topics import Channel, build_topic, coordinator_subscriptions
 
 FLEET = "floor"

@@ -24,8 +24,8 @@ from coordinator.recorder import StepRecord
 from coordinator.reporting import NullReporter
 from coordinator.service import CoordinatorService
 from wire.bundle import Bundle, Manifest
+from wire.client_choice import ClientName
 from wire.mqtt import MqttSettings
-from wire.quick_client import ClientName
 
 TIMEOUT_S = 600.0
 

@@ -26,10 +26,10 @@ from machine import describe_machine
 from processes import BenchmarkError
 
 from coordinator.broker import BrokerKind, embedded_broker
+from wire.client_choice import ClientName
 from wire.command import configure_logging
 from wire.errors import SplitfleetError
 from wire.messages import Precision
-from wire.quick_client import ClientName
 
 WARM_UP_STEPS = 20
 QUICK_STEPS = 4

@@ -6,6 +6,8 @@ import ipaddress
 import os
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,10 +24,11 @@ from cryptography.x509.oid import NameOID
 
 from coordinator.broker import BrokerKind, EmbeddedBroker, embedded_broker, find_free_port
 from tests.brokers import WAIT_S, configured_mosquitto, start_mosquitto
-from wire import quick_client
+from wire import client_choice
+from wire.client_choice import ClientName, build_client
 from wire.inbox import Disconnected, Inbox, Received
 from wire.mqtt import MqttConnection, MqttSettings, wait_for_connection
-from wire.quick_client import ClientName, QuickClient, build_client
+from wire.quick_client import QuickClient
 from wire.tls import TlsSettings
 from wire.topics import Channel, build_topic
 
@@ -313,5 +316,19 @@ def test_what_is_not_mqtt_ends_the_connection_and_is_said(
 def test_unknown_version_of_paho_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(build_client("quick", "me"), QuickClient)
     assert type(build_client("stock", "me")) is paho.Client
-    monkeypatch.setattr(quick_client, "version", lambda _name: "2.9.0")
+    monkeypatch.setattr(client_choice, "version", lambda _name: "2.9.0")
     assert type(build_client("quick", "me")) is paho.Client
+
+
+def test_ours_is_not_even_imported_with_an_unknown_version() -> None:
+    """It imports what only some versions have, and connections must be made with all of them."""
+    program = """
+import importlib.metadata, sys
+importlib.metadata.version = lambda _name: "2.1.0"
+from wire.mqtt import MqttConnection, MqttSettings
+from wire.inbox import Inbox
+MqttConnection(MqttSettings(), client_id="me", fleet="lab", subscriptions=[], inbox=Inbox(),
+               next_boot=lambda: 1, build_will=None)
+sys.exit("wire.quick_client" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=WAIT_S)

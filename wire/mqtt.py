@@ -23,11 +23,11 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from wire.client_choice import ClientName, build_client
 from wire.credentials import read_secret
 from wire.errors import SplitfleetError, TransportError
 from wire.inbox import Connected, Disconnected, Inbox, Received
 from wire.messages import SCHEMA
-from wire.quick_client import ClientName, build_client
 from wire.quick_losses import QuickLosses
 from wire.settings import Settings
 from wire.tls import TlsSettings, build_tls_context

@@ -5,8 +5,8 @@ of it at every write on its way out, and leaves each write to its network thread
 switch of threads a message. This one reads with ``PacketReader``, hands payloads to the socket as
 they are, and writes messages and their acknowledgements at once, in the caller's thread.
 
-It leans on paho's internals, so ``build_client`` takes it only for versions that it was tested
-with, and stock paho for all others.
+It leans on paho's internals: ``wire.client_choice`` takes it for the versions that it was tested
+with, and paho's own client for all others.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import struct
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, _ConnectionState
+from paho.mqtt.enums import MQTTErrorCode, _ConnectionState
 from paho.mqtt.exception import MalformedPacket, MQTTException
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -31,29 +30,13 @@ from wire.packets import PUBLISH, MalformedPacketError, Packet, PacketReader, Pu
 
 logger = logging.getLogger(__name__)
 
-ClientName = Literal["quick", "stock"]
-
 _Piece = tuple[bytes | bytearray, int, paho.MQTTMessageInfo | None]  # bytes, QoS, whom to tell
-
-TESTED_VERSIONS = ("2.1.", "2.2.")
 
 _PUBACK = 0x40
 _WRITTEN_AT_ONCE = (PUBLISH, _PUBACK)
 _KNOWN_PROPERTIES = 64  # of messages: a handful, and expiries that count down
 _SUCCESS = ReasonCode(PacketTypes.PUBACK)
 _NO_PROPERTIES = Properties(PacketTypes.PUBACK)  # type: ignore[no-untyped-call]
-
-
-def build_client(name: ClientName, client_id: str) -> paho.Client:
-    """An MQTT 5 client: the quick one where it is asked for and this paho is known, else paho's."""
-    kind = paho.Client
-    if name == "quick":
-        found = version("paho-mqtt")
-        if found.startswith(TESTED_VERSIONS):
-            kind = QuickClient
-        else:
-            logger.info("paho-mqtt %s was not tested with ours: its own client is used", found)
-    return kind(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5)
 
 
 class QuickClient(paho.Client):
