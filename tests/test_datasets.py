@@ -413,7 +413,7 @@ def test_partition_that_cannot_be_met_is_refused(tmp_path: Path) -> None:
         ),
         (
             "{function: f, partition: {devices: 4, index: 0, scheme: shards}}",
-            "$.partition.scheme: Invalid enum value 'shards'",
+            "$.partition.scheme: expected one of dirichlet, iid, found 'shards'",
         ),
         (
             "{function: f, partition: {devices: 4, index: 0, alpha: .inf}}",
