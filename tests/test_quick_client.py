@@ -25,9 +25,10 @@ from cryptography.x509.oid import NameOID
 from coordinator.broker import BrokerKind, EmbeddedBroker, embedded_broker, find_free_port
 from tests.brokers import WAIT_S, configured_mosquitto, start_mosquitto
 from wire import client_choice
+from wire.brief_connection import brief_connection
 from wire.client_choice import ClientName, build_client
 from wire.inbox import Disconnected, Inbox, Received
-from wire.mqtt import MqttConnection, MqttSettings, wait_for_connection
+from wire.mqtt import MqttConnection, MqttSettings
 from wire.quick_client import QuickClient
 from wire.tls import TlsSettings
 from wire.topics import Channel, build_topic
@@ -54,22 +55,13 @@ def connection(
     *subscriptions: str,
     tls: TlsSettings | None = None,
 ) -> Iterator[tuple[MqttConnection, Inbox]]:
-    inbox = Inbox()
-    made = MqttConnection(
-        MqttSettings(port=port, client=client, tls=tls, reconnect_min_s=0.1, reconnect_max_s=0.2),
-        client_id=name,
-        fleet=FLEET,
-        subscriptions=list(subscriptions),
-        inbox=inbox,
-        next_boot=lambda: 1,
-        build_will=None,
+    settings = MqttSettings(
+        port=port, client=client, tls=tls, reconnect_min_s=0.1, reconnect_max_s=0.2
     )
-    made.start()
-    try:
-        wait_for_connection(inbox, WAIT_S)
-        yield made, inbox
-    finally:
-        made.stop()
+    with brief_connection(
+        settings, client_id=name, fleet=FLEET, subscriptions=subscriptions, timeout_s=WAIT_S
+    ) as made:
+        yield made
 
 
 @contextmanager
@@ -82,13 +74,11 @@ def both(
         reader, inbox = stack.enter_context(connection(port, "d1", client, *topics, tls=tls))
         writer, _ = stack.enter_context(connection(port, "c", client, tls=tls))
         # A subscription is granted some time after the connection: the first message that comes
-        # says that it is.
-        granted = threading.Event()
-        while not granted.is_set():
+        # says that it is, and the one sent last that nothing is under way.
+        while inbox.get(0.2) is None:
             writer.publish(Channel.CUT_GRADIENT, b"hello", device="d1")
-            if inbox.get(0.2) is not None:
-                granted.set()
-        while inbox.get(0.2) is not None:
+        writer.publish(Channel.CUT_GRADIENT, b"ready", device="d1")
+        while receive(inbox, 1)[0].payload != b"ready":
             pass
         yield writer, reader, inbox
 
@@ -296,20 +286,8 @@ def test_what_is_not_mqtt_ends_the_connection_and_is_said(
                 client.recv(4096)
 
         threading.Thread(target=serve, daemon=True).start()
-        inbox = Inbox()
-        made = MqttConnection(
-            MqttSettings(port=server.getsockname()[1]),
-            client_id="me",
-            fleet=FLEET,
-            subscriptions=[],
-            inbox=inbox,
-            next_boot=lambda: 1,
-            build_will=None,
-        )
-        made.start()
-        wait_for_connection(inbox, WAIT_S)
-        assert isinstance(inbox.get(WAIT_S), Disconnected)
-        made.stop()
+        with connection(server.getsockname()[1], "me", "quick") as (_, inbox):
+            assert isinstance(inbox.get(WAIT_S), Disconnected)
     assert any("is not MQTT" in record.getMessage() for record in caplog.records)
 
 

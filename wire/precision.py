@@ -62,9 +62,8 @@ def gradient_parts(
     exponents = {name: fp16_exponent(largest_magnitude(a)) for name, a in tensors.items()}
     metadata = {EXPONENTS: msgspec.json.encode(exponents).decode()}
     if len(tensors) == 1:
-        return {name: _scaled_fp16(array, exponents[name]) for name, array in tensors.items()}, (
-            metadata
-        )
+        ((name, array),) = tensors.items()
+        return {name: _scaled_fp16(array, exponents[name])}, metadata
     shapes = {name: array.shape for name, array in tensors.items()}
 
     def write(out: NDArray[Any]) -> None:
