@@ -155,22 +155,19 @@ class SplitTrainer:
         """Forget the last server pass."""
         self.server.zero_grad(set_to_none=True)
 
-    def apply(self, client_gradients: Mapping[str, Floats] | None) -> None:
-        """Step both optimisers; ``client_gradients`` are summed over devices, by parameter."""
-        self.apply_client(client_gradients)
-        self.apply_server()
+    def apply_client(self, client_gradients: Mapping[str, Floats]) -> None:
+        """Step the client's optimiser; the gradients are summed over devices, by parameter.
 
-    def apply_client(self, client_gradients: Mapping[str, Floats] | None) -> None:
-        """The first half of ``apply``: the next weights are there, and the server pass still is."""
+        The next weights are there then, while the server pass waits for ``apply_server``.
+        """
         if self._client_optimiser is not None:
-            assert client_gradients is not None
             for name, parameter in self._client_parameters.items():
                 parameter.grad = torch.from_numpy(client_gradients[name])
             self._client_optimiser.step()
             self._client_optimiser.zero_grad(set_to_none=True)
 
     def apply_server(self) -> None:
-        """The second half of ``apply``; ends the server pass."""
+        """Step the server's optimiser; ends the server pass."""
         if self._server_optimiser is not None:
             self._server_optimiser.step()
         self.server.zero_grad(set_to_none=True)

@@ -82,12 +82,11 @@ def _step(trainer: SplitTrainer, step: int) -> float:
     x, y = _batch(step)
     activations, weights = _client_pass(trainer, x)
     result = trainer.run_server(activations.detach().numpy(), y.numpy())
-    if result.cut_gradient is None:
-        trainer.apply(None)
-        return result.loss
-    cut = torch.from_numpy(result.cut_gradient)
-    gradients = torch.autograd.grad(activations, list(weights.values()), cut)
-    trainer.apply({n: g.numpy() for n, g in zip(weights, gradients, strict=True)})
+    if result.cut_gradient is not None:
+        cut = torch.from_numpy(result.cut_gradient)
+        gradients = torch.autograd.grad(activations, list(weights.values()), cut)
+        trainer.apply_client({n: g.numpy() for n, g in zip(weights, gradients, strict=True)})
+    trainer.apply_server()
     return result.loss
 
 
@@ -163,7 +162,7 @@ def test_frozen_client_needs_no_gradient_and_is_not_stepped() -> None:
     before = _weights(trainer)
     x, y = _batch(0)
     assert trainer.run_server(_activations(trainer, x), y.numpy()).cut_gradient is None
-    trainer.apply(None)
+    trainer.apply_server()
     after = _weights(trainer)
     assert all(torch.equal(before[name], after[name]) == name.startswith("0.") for name in before)
     assert trainer.checkpoint()[1].keys() == {"server"}
@@ -174,7 +173,8 @@ def test_segment_without_parameters_has_nothing_to_step() -> None:
     x, y = _batch(0)
     result = trainer.run_server(x.numpy(), y.numpy())
     assert result.cut_gradient is not None
-    trainer.apply({})
+    trainer.apply_client({})
+    trainer.apply_server()
     assert trainer.parameter_shapes == {}
     assert trainer.client_weights() == {}
 
