@@ -38,7 +38,7 @@ app.command()(study.study)
 def main() -> None:
     """Run the command; errors end in one line on stderr and a code of wire.exit_codes."""
     # For PyTorch's threads, before it is imported: theirs is to wait for work in a busy loop of
-    # milliseconds, which takes a processor from whatever else runs here. Agents on the same host
-    # were a fifth slower.
+    # milliseconds, which takes a processor from whatever else runs here. A step with eight agents
+    # on the same host took an eighth longer.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     run_command(app)
